@@ -1,0 +1,1 @@
+"""Weights on disk: Hugging Face folders, and a run's own checkpoints."""

@@ -1,0 +1,18 @@
+"""Prompts from files or the hub: tokenizers, templates, data sets and the resumable loader."""
+
+from megatron_amd.data.dataset import PromptDataset, load_rows
+from megatron_amd.data.loader import PromptLoader, first_prompts
+from megatron_amd.data.templates import PromptTemplate, make_template
+from megatron_amd.data.tokenizer import Tokenizer, check_same_vocabulary, load_tokenizer
+
+__all__ = [
+    "PromptDataset",
+    "PromptLoader",
+    "PromptTemplate",
+    "Tokenizer",
+    "check_same_vocabulary",
+    "first_prompts",
+    "load_rows",
+    "load_tokenizer",
+    "make_template",
+]

@@ -1,0 +1,111 @@
+"""Start and end of the process group, seeds, and agreement between ranks about errors."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_amd.config import Config
+from megatron_amd.distributed.layout import Layout, build_layout, check_world_size
+from megatron_amd.errors import InputError
+
+
+def rank_from_environment() -> int:
+    """This process's rank as torchrun tells it; 0 when run without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size_from_environment() -> int:
+    """Number of processes as torchrun tells it; 1 when run without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(config: Config) -> Layout:
+    """Join the process group (one process without torchrun), make the groups of the layout, set the seeds.
+
+    NCCL where CUDA is present, else gloo. Collective.
+
+    Raises:
+        InputError: the layout does not fit the number of ranks, or fewer GPUs than local ranks.
+    """
+    world_size = world_size_from_environment()
+    check_world_size(config.parallel, world_size)
+    check_batch_split(config, world_size)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"parallel: local rank {local_rank} has no GPU; this node shows {torch.cuda.device_count()}; "
+                "lower --nproc-per-node"
+            )
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    layout = build_layout(config.parallel, device)
+    set_seeds(config.run.seed, layout)
+    return layout
+
+
+def set_seeds(seed: int, layout: Layout) -> None:
+    """Seed torch and Megatron-Core's tracker. Weights and sampling do not depend on these states."""
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(
+        seed, tp_rank=layout.tp_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
+    )
+
+
+def check_batch_split(config: Config, world_size: int) -> None:
+    """Raise InputError unless the data-parallel ranks can share a global batch evenly."""
+    parallel = config.parallel
+    data = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    if config.training.global_batch_size % data:
+        raise InputError(
+            f"training.global_batch_size: {config.training.global_batch_size} prompts cannot be shared by {data} "
+            f"data-parallel ranks; use a multiple of {data}"
+        )
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def agreed() -> Iterator[None]:
+    """Raise on every rank what the user must mend on any, so that no rank waits for one that has stopped.
+
+    Wraps work in which one rank may fail alone, such as reading or writing files. Collective on exit.
+
+    Raises:
+        InputError: the message of the lowest rank that failed.
+    """
+    message = None
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'file system'}: {error.strerror or error}; mend it and start again"
+    messages: list[Any] = [message]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+    for text in messages:
+        if text is not None:
+            raise InputError(text)

@@ -1,0 +1,10 @@
+"""The one exception that a user is meant to see.
+
+Every mistake that a person can make and mend (a wrong key, a missing file, an impossible layout) is raised as
+`InputError`. The entry points print its message as one line and exit with status 2; anything else is a bug and
+keeps its stack trace.
+"""
+
+
+class InputError(Exception):
+    """A problem the user can fix. The message says what is wrong, where, and what to do, in one line."""

@@ -1,0 +1,179 @@
+"""A decoder-only model that returns final hidden states instead of logits.
+
+Shapes: b sequences, S tokens, H hidden size, V_local head rows on this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_amd.distributed.layout import Layout
+
+# isort: split
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_amd.config import TrainingConfig
+from megatron_amd.errors import InputError
+from megatron_amd.models.architecture import Architecture
+from megatron_amd.models.layer_specs import Implementation, block_spec
+
+
+class CausalLM(GPTModel):
+    """Megatron-Core's GPTModel, ending at the final hidden states.
+
+    The head is applied elsewhere, chunk by chunk with the other roles' heads, so that logits of a whole batch never
+    exist (objectives/fused_head.py).
+    """
+
+    def forward(self, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """One pipeline stage.
+
+        Args:
+            tokens: int64 [b, S]; used on the first stage, its shape on all.
+            position_ids: int64 [b, S]; by default 0..S-1 in every row.
+
+        Returns:
+            [S, b, H] hidden states of this stage ([S/TP, b, H] under sequence parallelism); on the last stage after
+            the final norm.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+        hidden = self.embedding(tokens, position_ids.expand_as(tokens)) if self.pre_process else None
+        return self.decoder(
+            hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(position_ids)
+        )
+
+    def head_weight(self) -> Tensor:
+        """[V_local, H] rows of the LM head (last stage)."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else (
+            self.output_layer.weight
+        )
+
+    def _rotary_angles(self, position_ids: Tensor) -> Tensor | None:
+        """[S, 1 or b, 1, head_dim] rotary angles at the given positions."""
+        if self.position_embedding_type != "rope":
+            return None
+        table = self.rotary_pos_emb(self.max_sequence_length)  # [max, 1, 1, head_dim], cached by Megatron-Core
+        return table[:, 0, 0][position_ids.t()].unsqueeze(2)
+
+
+def transformer_config(
+    architecture: Architecture,
+    training: TrainingConfig,
+    layout: Layout,
+    extra: dict[str, Any],
+    where: str,
+) -> TransformerConfig:
+    """A TransformerConfig of a role's own: schedules read the role's gradient hooks from it.
+
+    Raises:
+        InputError: `extra` (a role's `transformer` settings) names a field that does not exist, or Megatron-Core
+            refuses the combination.
+    """
+    half = training.precision != "fp32"
+    settings: dict[str, Any] = {
+        **architecture.transformer_config_fields(),
+        "tensor_model_parallel_size": layout.tp_size,
+        "pipeline_model_parallel_size": layout.pp_size,
+        "sequence_parallel": layout.sequence_parallel,
+        "params_dtype": torch.bfloat16 if half else torch.float32,
+        "pipeline_dtype": torch.bfloat16 if half else torch.float32,
+        "bf16": half,
+        "perform_initialization": False,  # weights come from a folder or from `initialize_weights`
+        "calculate_per_token_loss": True,  # gradients are sums; the losses carry their normalisation
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "deallocate_pipeline_outputs": True,
+    }
+    if training.precision == "fp8":
+        settings |= {"fp8": "hybrid", "fp8_recipe": "tensorwise", **training.fp8}
+    known = set(TransformerConfig.__dataclass_fields__)
+    for name in extra:
+        if name not in known:
+            raise InputError(f"{where}.transformer.{name}: Megatron-Core's TransformerConfig has no such field")
+    for name in ("hidden_dropout", "attention_dropout"):
+        if extra.get(name):
+            raise InputError(f"{where}.transformer.{name}: must be 0; distances between models need fixed models")
+    try:
+        return TransformerConfig(**{**settings, **extra})
+    except (AssertionError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: Megatron-Core refuses this model: {error}") from error
+
+
+def build_gpt(
+    architecture: Architecture,
+    config: TransformerConfig,
+    layout: Layout,
+    implementation: Implementation,
+    padded_vocab_size: int,
+    model_class: type[CausalLM] = CausalLM,
+) -> CausalLM:
+    """This rank's stage of the model, on the layout's device, with weights yet to be filled."""
+    return model_class(
+        config=config,
+        transformer_layer_spec=block_spec(config, implementation, layout.pp_rank),
+        vocab_size=padded_vocab_size,
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+        pg_collection=layout.groups,
+        **architecture.gpt_model_fields(),
+    )
+
+
+def global_parameter_name(name: str, model: CausalLM) -> str:
+    """A parameter's name in the whole model: layers counted from the first stage, one name for tied tables."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
+    name = ".".join(parts)
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    return name
+
+
+@torch.no_grad()
+def initialize_weights(model: CausalLM, seed: str) -> None:
+    """Random first weights that depend on the seed and each parameter's global name, not on the layout.
+
+    Normal with the config's `init_method_std`, output projections divided by sqrt(2 * layers) as in GPT-2; norms 1;
+    biases 0.
+    """
+    tp_group = model.pg_collection.tp
+    for name, parameter in model.named_parameters():
+        fill_parameter(parameter, global_parameter_name(name, model), model.config, seed, tp_group)
+
+
+def fill_parameter(
+    parameter: Tensor, name: str, config: TransformerConfig, seed: str, tp_group: dist.ProcessGroup
+) -> None:
+    """Fill one parameter (or this rank's shard of it) as `initialize_weights` says."""
+    if parameter.dim() == 1:
+        is_scale = name.endswith("weight")  # of a norm; everything else of one dimension is a bias
+        parameter.fill_(1.0 if is_scale else 0.0)
+        return
+    std = config.init_method_std
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std /= math.sqrt(2 * config.num_layers)
+    size, rank = tp_group.size(), tp_group.rank()
+    sharded = getattr(parameter, "tensor_model_parallel", False) and size > 1
+    dim = parameter.partition_dim if sharded else 0
+    shape = list(parameter.shape)
+    if sharded:
+        shape[dim] *= size
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    whole = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    if sharded and config.gated_linear_unit and "linear_fc1" in name:  # each rank holds [its gate; its up]
+        part = torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
+    else:
+        part = whole.chunk(size, dim)[rank] if sharded else whole
+    parameter.copy_(part)

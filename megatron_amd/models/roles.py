@@ -1,0 +1,133 @@
+"""The cast of a run: who plays student, teacher and critic, checked first and built after.
+
+`plan_models` reads nothing but `config.json` files and finds every contradiction; `build_*` allocate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_amd.config import Config, ModelConfig
+from megatron_amd.distributed.layout import Layout
+from megatron_amd.errors import InputError
+from megatron_amd.models.architecture import Architecture, load_architecture
+from megatron_amd.models.critic import HeadCritic, TrunkCritic
+from megatron_amd.models.gpt import CausalLM, build_gpt, transformer_config
+from megatron_amd.models.layer_specs import Implementation, choose_implementation
+
+VOCABULARY_MULTIPLE = 128
+"""Embeddings are padded to a multiple of this times TP, so that shards stay aligned."""
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Everything about the models that is known before any of them exists."""
+
+    student: Architecture
+    teacher: Architecture
+    critic_trunk: Architecture | None
+    """Trunk of a critic with `features: own`, its head untied from the embedding."""
+    implementation: Implementation
+    vocab_size: int
+    """Real size: ids from here on are padding, masked out everywhere."""
+    padded_vocab_size: int
+    """Rows of every embedding and head."""
+
+
+def plan_models(config: Config, vocab_size: int | None) -> ModelPlan:
+    """Read the architectures and check them against each other, the layout and the tokenizer.
+
+    Args:
+        vocab_size: the tokenizer's size; None takes the smallest of the models' (for planning without a tokenizer).
+
+    Raises:
+        InputError: whatever does not fit, before anything is allocated.
+    """
+    implementation = choose_implementation(config.training.transformer_impl, config.training.precision)
+    student = role_architecture(config.student, "student")
+    teacher = role_architecture(config.teacher, "teacher")
+    trunk = _critic_trunk(config, student, teacher)
+    tensor = config.parallel.tensor_model_parallel_size
+    pipeline = config.parallel.pipeline_model_parallel_size
+    models = {"student": student, "teacher": teacher, **({"critic": trunk} if trunk else {})}
+    longest = config.data.max_prompt_length + max(
+        config.rollout.max_response_length, config.evaluation.max_response_length if config.evaluation.prompts else 0
+    )
+    smallest = min(model.vocab_size for model in models.values())
+    for where, model in models.items():
+        model.check_layout(tensor, pipeline, where)
+        if vocab_size is not None and vocab_size > model.vocab_size:
+            raise InputError(
+                f"{where}: its embedding has {model.vocab_size} rows, fewer than the tokenizer's {vocab_size} tokens; "
+                "student, teacher and tokenizer must share one vocabulary"
+            )
+        if longest > model.max_position_embeddings:
+            raise InputError(
+                f"{where}: takes {model.max_position_embeddings} positions, but data.max_prompt_length and the longest "
+                f"response together need {longest}; shorten them"
+            )
+    multiple = VOCABULARY_MULTIPLE * tensor
+    rows = max(model.vocab_size for model in models.values())
+    return ModelPlan(
+        student=student,
+        teacher=teacher,
+        critic_trunk=trunk,
+        implementation=implementation,
+        vocab_size=smallest if vocab_size is None else vocab_size,
+        padded_vocab_size=-(-rows // multiple) * multiple,
+    )
+
+
+def role_architecture(model: ModelConfig, where: str) -> Architecture:
+    """The architecture a role's settings describe, cut layers applied."""
+    architecture = load_architecture(model.path, model.architecture, where)
+    if model.init.layers is not None:
+        architecture = architecture.with_layers(model.init.layers, f"{where}.init.layers")
+    return architecture
+
+
+def _critic_trunk(config: Config, student: Architecture, teacher: Architecture) -> Architecture | None:
+    if config.objective.name != "amm" or config.critic.features != "own":
+        return None
+    choices = {"student": student, "teacher": teacher}
+    trunk = choices.get(config.critic.trunk) or role_architecture(config.critic.model, "critic.model")
+    return replace(trunk, tied=False)
+
+
+def build_model(
+    role: str, config: Config, plan: ModelPlan, layout: Layout, *, model_class: type[CausalLM] = CausalLM
+) -> CausalLM:
+    """This rank's stage of `student`, `teacher` or `critic`, allocated and not yet filled."""
+    choices: dict[str, tuple[Any, ModelConfig]] = {
+        "student": (plan.student, config.student),
+        "teacher": (plan.teacher, config.teacher),
+        "critic": (plan.critic_trunk, config.critic.model),
+    }
+    architecture, settings = choices[role]
+    transformer = transformer_config(architecture, config.training, layout, settings.transformer, role)
+    model = build_gpt(
+        architecture, transformer, layout, plan.implementation, plan.padded_vocab_size, model_class=model_class
+    )
+    for parameter in model.parameters():  # learned positions are made in fp32 whatever the config says
+        parameter.data = parameter.data.to(transformer.params_dtype)
+    return model
+
+
+def build_critic(
+    config: Config, plan: ModelPlan, layout: Layout
+) -> tuple[TrunkCritic | HeadCritic | None, Layout]:
+    """The critic, not yet filled, and its layout.
+
+    A critic without a trunk lives on the last pipeline stage alone; elsewhere it is None. Collective.
+    """
+    if config.critic.features == "own":
+        return build_model("critic", config, plan, layout, model_class=TrunkCritic), layout  # type: ignore[return-value]
+    critic_layout = layout.last_stage()
+    if not layout.is_last_stage:
+        return None, critic_layout
+    widths = {"teacher": plan.teacher.hidden_size}
+    if config.critic.features == "pair":
+        widths["student"] = plan.student.hidden_size
+    transformer = transformer_config(plan.student, config.training, critic_layout, {}, "critic")
+    return HeadCritic(transformer, widths, plan.padded_vocab_size, critic_layout), critic_layout

@@ -1,0 +1,139 @@
+"""Sums over a vocabulary of which each rank of a tensor-parallel group holds a shard.
+
+Rank r of the group owns the rows [r * V_local, (r+1) * V_local) of every head. Rows with ids >= the vocabulary's real
+size are padding. They are the last rows of the last shards, so they are cut off before anything is computed, and a
+shard may have no real row at all. Below, R is the number of real ids of this rank's shard and n counts tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The real vocabulary and this rank's place in it."""
+
+    size: int
+    """Real ids: 0 .. size-1. Head rows beyond are padding."""
+    shard_start: int = 0
+    """First id of this rank's shard: rank in `group` times rows per shard."""
+    group: dist.ProcessGroup | None = None
+    """Ranks that together hold the vocabulary. None or a group of one: no communication."""
+
+    @property
+    def num_shards(self) -> int:
+        """Ranks that share the vocabulary."""
+        return 1 if self.group is None else self.group.size()
+
+    def real_rows(self, rows: int) -> int:
+        """How many of this shard's `rows` are real ids.
+
+        Raises ValueError where shards of that many rows, one a rank, are not where `shard_start` says or cannot hold
+        the vocabulary.
+        """
+        rank = 0 if self.group is None else self.group.rank()
+        if self.shard_start != rank * rows or rows * self.num_shards < self.size:
+            raise ValueError(
+                f"rank {rank} of {self.num_shards} has {rows} head rows from id {self.shard_start}: "
+                f"this is not its share of a vocabulary of {self.size}"
+            )
+        return min(max(self.size - self.shard_start, 0), rows)
+
+
+def sum_over_group(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-reduce in place (SUM). Empty tensors are left alone, on every rank alike."""
+    return _all_reduce(tensor, group, dist.ReduceOp.SUM)
+
+
+def max_over_group(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All-reduce in place (MAX)."""
+    return _all_reduce(tensor, group, dist.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> Tensor:
+    if group is not None and group.size() > 1 and tensor.numel():
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    if group is None or group.size() == 1 or not tensor.numel():
+        return [tensor]
+    shards = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(shards, tensor.contiguous(), group=group)
+    return shards
+
+
+def local_max(values: Tensor) -> Tensor:
+    """Largest of each row of [n, R]; -inf where the shard has no real id."""
+    return values.amax(1) if values.shape[1] else values.new_full((values.shape[0],), -torch.inf)
+
+
+class Partition:
+    """What normalises one softmax over the whole vocabulary, each [n]."""
+
+    def __init__(self, top: Tensor, total: Tensor, weighted: Tensor | None):
+        self.top = top
+        """Largest logit."""
+        self.log_total = total.log()
+        """ln sum exp(z - top)."""
+        self.expectation = None if weighted is None else weighted / total
+        """Mean of `values` under the softmax, where values were given."""
+
+
+def partitions(logits: Sequence[Tensor], values: Tensor | None, group: dist.ProcessGroup | None) -> list[Partition]:
+    """The partition of each of several softmaxes, and the mean of `values` under each, in one exchange.
+
+    logits: each [n, R] on this shard; values: [n, R] or None. Each rank contributes its own maximum and its sums
+    relative to that maximum. They are gathered rather than all-reduced: one round instead of a MAX and a SUM, and the
+    shards are added in the order of their ranks, so that equal logits give equal bits (a ring adds in an order that
+    depends on where a number lies in the buffer).
+    """
+    parts = []
+    for z in logits:
+        top = local_max(z)
+        weights = (z - top[:, None]).exp_()
+        parts += [top, weights.sum(1)]
+        if values is not None:
+            parts.append((weights * values).sum(1))
+    shards = _all_gather(torch.stack(parts), group)
+    step = 2 if values is None else 3
+    return [_combine([shard[i : i + step] for shard in shards]) for i in range(0, len(parts), step)]
+
+
+def _combine(shards: Sequence[Tensor]) -> Partition:
+    """Shards' (top, total[, weighted]), each [2 or 3, n], of one softmax."""
+    top = shards[0][0]
+    for shard in shards[1:]:
+        top = torch.maximum(top, shard[0])
+    sums = torch.zeros_like(shards[0][1:])
+    for shard in shards:
+        sums += shard[1:] * (shard[0] - top).exp()
+    return Partition(top, sums[0], sums[1] if len(sums) > 1 else None)
+
+
+class LocalTargets:
+    """Target ids of n tokens, as far as this shard holds them. Ids outside the vocabulary belong to no shard."""
+
+    def __init__(self, targets: Tensor, shard_start: int, real_rows: int):
+        index = targets - shard_start
+        self._owned = (index >= 0) & (index < real_rows)
+        self._index = index.clamp(0, max(real_rows - 1, 0))[:, None]
+        self._empty = real_rows == 0
+
+    def take(self, values: Tensor) -> Tensor:
+        """[n, R] -> values at the targets [n], 0 where another shard holds the target: the sum over shards is whole."""
+        if self._empty:
+            return values.new_zeros(values.shape[0])
+        return values.gather(1, self._index)[:, 0] * self._owned
+
+    def add_(self, values: Tensor, amounts: Tensor | float) -> None:
+        """Add `amounts` ([n] or a number) to the targets' entries of values [n, R], in place."""
+        if not self._empty:
+            values.scatter_add_(1, self._index, (self._owned * amounts).to(values.dtype)[:, None])

@@ -1,0 +1,133 @@
+"""Megatron-Core's distributed optimizer for one trained role, and the step that never applies a bad gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_amd.config import OptimConfig
+from megatron_amd.distributed.layout import Layout
+
+# isort: split
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_amd.errors import InputError
+
+
+@dataclass
+class Optimization:
+    """A trained model with its gradient buffers, optimizer and learning-rate schedule."""
+
+    model: DistributedDataParallel
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+
+    def zero_grad(self) -> None:
+        """Empty the gradient buffers before a pass."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> StepResult:
+        """Clip and apply the finished gradient, unless it is not finite.
+
+        Collective over the role's ranks, which all come to the same decision: the norm is global.
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return StepResult(applied=False, grad_norm=grad_norm, learning_rate=self.learning_rate)
+        self.scheduler.step(1)  # before the update: the first step uses 1/warmup of the rate, not 0
+        learning_rate = self.learning_rate
+        self.optimizer.step()
+        return StepResult(applied=True, grad_norm=grad_norm, learning_rate=learning_rate)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step did."""
+
+    applied: bool
+    """False: the gradient was not finite and nothing changed."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    learning_rate: float
+    """Rate the step used."""
+
+
+def wrap_for_training(model: MegatronModule, layout: Layout, extra: dict[str, Any]) -> DistributedDataParallel:
+    """Give a model Megatron-Core's gradient buffers: fp32, summed over DP, each rank keeping its shard.
+
+    Raises:
+        InputError: `extra` (training.ddp) names a field that does not exist.
+    """
+    _check_fields(extra, DistributedDataParallelConfig, "training.ddp")
+    settings = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **extra}
+    return DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(**settings),
+        module=model,
+        pg_collection=layout.groups,
+    )
+
+
+def build_optimization(
+    model: DistributedDataParallel, optim: OptimConfig, layout: Layout, total_steps: int, where: str
+) -> Optimization:
+    """AdamW with fp32 main weights over `model`'s current weights, and its schedule over `total_steps`.
+
+    Raises:
+        InputError: `optim.optimizer` names a field of OptimizerConfig that does not exist.
+    """
+    _check_fields(optim.optimizer, OptimizerConfig, f"{where}.optimizer")
+    half = model.config.bf16
+    settings: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": optim.learning_rate,
+        "min_lr": optim.min_learning_rate,
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.adam_betas[0],
+        "adam_beta2": optim.adam_betas[1],
+        "adam_eps": optim.adam_eps,
+        "clip_grad": optim.clip_grad,
+        "bf16": half,
+        "params_dtype": torch.bfloat16 if half else torch.float32,
+        "use_distributed_optimizer": model.ddp_config.use_distributed_optimizer,
+    }
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(**{**settings, **optim.optimizer}),
+        [model],
+        use_gloo_process_groups=False,
+        pg_collection=layout.groups,
+    )
+    decay_steps = optim.decay_steps or total_steps
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=optim.learning_rate,
+        min_lr=optim.min_learning_rate,
+        lr_warmup_steps=min(optim.warmup_steps, max(decay_steps, 1)),
+        lr_decay_steps=decay_steps + 1,  # the end of the decay falls after the last step, which still moves
+        lr_decay_style=optim.decay,
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=True,
+    )
+    return Optimization(model=model, optimizer=optimizer, scheduler=scheduler)
+
+
+def _check_fields(settings: dict[str, Any], cls: type, where: str) -> None:
+    for name in settings:
+        if name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+            raise InputError(f"{where}.{name}: Megatron-Core's {cls.__name__} has no such field")

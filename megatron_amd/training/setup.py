@@ -1,0 +1,117 @@
+"""From settings to a trainer: everything that can be wrong is found before anything large is allocated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from megatron_amd.config import Config
+from megatron_amd.data import (
+    PromptDataset,
+    PromptLoader,
+    Tokenizer,
+    check_same_vocabulary,
+    first_prompts,
+    load_rows,
+    load_tokenizer,
+)
+from megatron_amd.data.tokenizer import TOKENIZER_FILES
+from megatron_amd.distributed.initialize import agreed
+from megatron_amd.distributed.layout import Layout
+from megatron_amd.errors import InputError
+from megatron_amd.evaluation.distances import HeldOut
+from megatron_amd.models.roles import ModelPlan, build_model, plan_models
+from megatron_amd.objectives.vocab_parallel import Vocabulary
+from megatron_amd.training.first_weights import fill_model, freeze
+from megatron_amd.training.steps import Players
+from megatron_amd.training.trainer import Trainer
+
+
+def set_up(config: Config, layout: Layout, warn: object = print) -> tuple[Trainer, Tokenizer]:
+    """Check the run directory, tokenizer, models and data, then build the models and the trainer. Collective.
+
+    Args:
+        warn: called on one rank with a line about skipped rows.
+
+    Raises:
+        InputError: on all ranks, whatever does not fit.
+    """
+    with agreed():
+        _check_directory(config, layout)
+        tokenizer = _shared_tokenizer(config)
+        plan = plan_models(config, tokenizer.vocab_size)
+        train, held_out = _open_data(config, tokenizer, layout, warn)
+    players = build_players(config, plan, layout)
+    loader = PromptLoader(
+        train,
+        global_batch_size=config.training.global_batch_size,
+        dp_rank=layout.dp_rank,
+        dp_size=layout.dp_size,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+    )
+    return Trainer(config, plan, players, loader, tokenizer.eos_ids, held_out), tokenizer
+
+
+def build_players(config: Config, plan: ModelPlan, layout: Layout) -> Players:
+    """Teacher and student with their first weights."""
+    student = build_model("student", config, plan, layout)
+    teacher = build_model("teacher", config, plan, layout)
+    with agreed():
+        fill_model(student, "student", config.student, plan.student, config.run.seed)
+        fill_model(teacher, "teacher", config.teacher, plan.teacher, config.run.seed)
+    freeze(teacher)
+    rows = plan.padded_vocab_size // layout.tp_size
+    vocabulary = Vocabulary(size=plan.vocab_size, shard_start=layout.tp_rank * rows, group=layout.groups.tp)
+    return Players(config=config, layout=layout, vocabulary=vocabulary, teacher=teacher, student=student)
+
+
+def _check_directory(config: Config, layout: Layout) -> None:
+    """Raise InputError unless the run directory can be made and written."""
+    directory = Path(config.run.directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"run.directory: {directory} cannot be written ({error.strerror}); choose another place or free some space"
+        ) from None
+
+
+def _shared_tokenizer(config: Config) -> Tokenizer:
+    """The run's tokenizer, after checking that student and teacher agree with it on every token."""
+    source = config.data.tokenizer or config.teacher.path
+    if source is None:
+        raise InputError("data.tokenizer: give a folder, hub name or .model file, since the teacher has no path")
+    tokenizer = load_tokenizer(source)
+    for path in {config.teacher.path, config.student.path} - {None, source}:
+        folder = Path(str(path)).expanduser()
+        if not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES):
+            check_same_vocabulary(tokenizer, load_tokenizer(str(path)))
+    return tokenizer
+
+
+def _open_data(
+    config: Config, tokenizer: Tokenizer, layout: Layout, warn: object
+) -> tuple[PromptDataset, HeldOut | None]:
+    off_policy = config.objective.beta > 0 or (config.warmup.steps > 0 and config.warmup.beta > 0)
+    train = load_rows(
+        config.data,
+        "train",
+        tokenizer,
+        responses=config.rollout.off_policy == "data" and off_policy,
+        max_response_length=config.rollout.max_response_length,
+        warn=warn,  # type: ignore[arg-type]
+    )
+    count = config.evaluation.prompts
+    if not count:
+        return train, None
+    if count < layout.dp_size:
+        raise InputError(
+            f"evaluation.prompts: {count} cannot be shared by {layout.dp_size} data-parallel ranks; use at least as many"
+        )
+    rows = load_rows(config.data, "evaluation", tokenizer, responses=False, count=count)
+    prompts = first_prompts(rows, count, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
+    return train, HeldOut(prompts, tokenizer.eos_ids, tokenizer.decode)

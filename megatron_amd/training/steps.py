@@ -1,0 +1,251 @@
+"""The two players' moves: a critic ascent step and a student descent step, each one forward-backward pass.
+
+Symbols as in docs/algorithm.md: p teacher, q student, f_1 and f_2 the critic's heads, w_t = gamma^(t-1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_amd.batch import Batch, MicroBatch, from_grid, to_grid
+from megatron_amd.config import Config
+from megatron_amd.distributed.layout import Layout
+from megatron_amd.distributed.schedule import backward_without_trunk, forward_backward, forward_states
+from megatron_amd.models.critic import SIGNS, HeadCritic, TrunkCritic
+from megatron_amd.models.gpt import CausalLM
+from megatron_amd.objectives.fused_head import (
+    CriticHead,
+    Head,
+    TokenStatistics,
+    critic_loss,
+    head_statistics,
+    student_loss,
+)
+from megatron_amd.objectives.moments import policy_gradient_scores
+from megatron_amd.objectives.vocab_parallel import Vocabulary
+from megatron_amd.training.optimizer import Optimization, StepResult
+from megatron_amd.training.statistics import batch_metrics, share_sums
+
+
+@dataclass
+class Players:
+    """Everybody in the game on this rank."""
+
+    config: Config
+    layout: Layout
+    vocabulary: Vocabulary
+    teacher: CausalLM
+    student: CausalLM
+    student_optimization: Optimization | None = None
+    critic: TrunkCritic | HeadCritic | None = None
+    """None before the main phase, and on stages that hold no part of a critic without a trunk."""
+    critic_layout: Layout | None = None
+    critic_optimization: Optimization | None = None
+
+    def student_head(self, states: Tensor) -> Head:
+        return Head(states, self.student.head_weight())
+
+    def teacher_head(self, batch: Batch, index: int) -> Head:
+        assert batch.teacher_states is not None
+        return Head(batch.teacher_states[index], self.teacher.head_weight())
+
+    def critic_head(self, batch: Batch, index: int, own_states: Tensor | None) -> CriticHead:
+        """The critic's head for a micro-batch; `own_states` [N, H] come from its trunk, if it has one."""
+        assert self.critic is not None and batch.student_states is not None and batch.teacher_states is not None
+        states = {"own": own_states, "teacher": batch.teacher_states[index], "student": batch.student_states[index]}
+        weights = self.critic.head_weights(batch.microbatches[index].on_policy)
+        c = self.config.critic
+        return CriticHead(
+            terms=tuple((states[name], weight, SIGNS[name]) for name, weight in weights.items()),  # type: ignore[misc]
+            bound=c.bound,
+            squash=c.squash,
+            center=c.center,
+            prior=c.prior,
+            prior_scale=c.prior_scale,
+        )
+
+    def critic_states(self, batch: Batch) -> list[Tensor] | None:
+        """Final states of the critic's own trunk under its current weights; None for a critic without one."""
+        if not isinstance(self.critic, TrunkCritic):
+            return None
+        return forward_states(self.critic, batch.microbatches, self.layout)
+
+
+def coefficient(microbatch: MicroBatch, beta: float) -> float:
+    """Weight of a micro-batch's term in L = beta * off + (1 - beta) * on."""
+    return 1.0 - beta if microbatch.on_policy else beta
+
+
+def measure(players: Players, batch: Batch) -> dict[str, float]:
+    """Distances between the models on the batch, and the critic's moments if there is one. Collective."""
+    statistics = _statistics(players, batch, players.critic_states(batch))
+    return batch_metrics(batch, statistics, players.layout, players.config.critic.bound)
+
+
+def critic_step(players: Players, batch: Batch) -> tuple[StepResult, dict[str, float], dict[str, float]]:
+    """max over f_1, f_2 of beta * U_off + (1 - beta) * U_on, one ascent step. Student and teacher do not change.
+
+    Returns:
+        What the optimizer did; loss, gradient norm and rate as metrics; and the batch's distances and moments under
+        the critic as it was before the step. Collective.
+    """
+    objective = players.config.objective
+    pending: list[TokenStatistics] | None = None
+    step = StepResult(applied=False, grad_norm=0.0, learning_rate=0.0)
+    loss_sum = 0.0
+    if players.critic_optimization is not None:  # else this stage holds no part of the critic
+        optimization = players.critic_optimization
+
+        def loss_function(index: int, own_states: Tensor | None) -> tuple[Tensor, Any]:
+            microbatch = batch.microbatches[index]
+            assert batch.student_states is not None and batch.teacher_states is not None
+            loss, statistics = critic_loss(
+                players.student_head(batch.student_states[index]),
+                players.teacher_head(batch, index),
+                players.critic_head(batch, index, own_states),
+                targets=microbatch.targets,
+                weights=batch.weights[index] * coefficient(microbatch, objective.beta),
+                on_policy=microbatch.on_policy,
+                estimator=objective.estimator,
+                vocabulary=players.vocabulary,
+                chunk_tokens=players.config.training.head_chunk_tokens,
+            )
+            return loss, (statistics, loss.detach())
+
+        optimization.zero_grad()
+        assert players.critic_layout is not None
+        if isinstance(players.critic, TrunkCritic):
+            kept = forward_backward(optimization.model, batch.microbatches, players.critic_layout, loss_function)
+        else:
+            kept = backward_without_trunk(
+                optimization.model, len(batch.microbatches), players.critic_layout, loss_function
+            )
+        step = optimization.step()
+        if kept is not None:
+            pending = [statistics for statistics, _ in kept]
+            loss_sum = float(sum(loss.double() for _, loss in kept))
+    moments = batch_metrics(batch, pending, players.layout, players.config.critic.bound)
+    shared = torch.tensor([step.grad_norm, step.learning_rate, float(step.applied)], dtype=torch.float64)
+    _broadcast_from_last_stage(shared, players.layout)
+    grad_norm, learning_rate, applied = shared.tolist()
+    moves = {
+        "critic/loss": _sum_loss(loss_sum, players.layout),
+        "critic/grad_norm": grad_norm,
+        "critic/learning_rate": learning_rate,
+    }
+    return StepResult(applied=bool(applied), grad_norm=grad_norm, learning_rate=learning_rate), moves, moments
+
+
+def student_step(players: Players, batch: Batch, name: str, beta: float) -> tuple[StepResult, dict[str, float]]:
+    """min over the student of the objective, one descent step. Critic and teacher do not change.
+
+    Args:
+        name: the objective's name, which during a warm-up is not `objective.name`.
+        beta: weight of the off-policy term.
+
+    Returns:
+        What the optimizer did, and metrics: the loss, and with a critic the moments after its training. Collective.
+    """
+    assert players.student_optimization is not None
+    optimization = players.student_optimization
+    own_states = players.critic_states(batch) if name == "amm" else None
+    weights, scores, metrics = _student_weights(players, batch, name, own_states)
+
+    def loss_function(index: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        microbatch = batch.microbatches[index]
+        share = coefficient(microbatch, beta)
+        own = own_states[index] if own_states is not None else None
+        loss, _ = student_loss(
+            players.student_head(states),
+            players.teacher_head(batch, index) if name != "sft" else None,
+            players.critic_head(batch, index, own) if name == "amm" else None,
+            objective=name,
+            targets=microbatch.targets,
+            weights=weights[index] * share,
+            scores=None if scores[index] is None else scores[index] * share,
+            vocabulary=players.vocabulary,
+            chunk_tokens=players.config.training.head_chunk_tokens,
+        )
+        return loss, loss.detach()
+
+    optimization.zero_grad()
+    kept = forward_backward(optimization.model, batch.microbatches, players.layout, loss_function)
+    step = optimization.step()
+    metrics |= {
+        "student/loss": _sum_loss(float(sum(loss.double() for loss in kept or ())), players.layout),
+        "student/grad_norm": step.grad_norm,
+        "student/learning_rate": step.learning_rate,
+    }
+    return step, metrics
+
+
+def _student_weights(
+    players: Players, batch: Batch, name: str, own_states: list[Tensor] | None
+) -> tuple[list[Tensor], list[Any], dict[str, float]]:
+    """Weights and scores of each state in the student's loss.
+
+    For AMM's on-policy term this is the statistics pass before the gradient pass: delta at every state, from which
+    follow the returns D_{t+1} and the baseline over the global batch.
+    """
+    weights, scores = list(batch.weights), [None] * len(batch.microbatches)
+    if name != "amm":
+        return weights, scores, {}
+    statistics = _statistics(players, batch, own_states)
+    trained = batch_metrics(batch, statistics, players.layout, players.config.critic.bound)
+    metrics = {f"amm/d_mm_trained_{p}": trained[f"amm/d_mm_{p}"] for p in ("off", "on") if f"amm/d_mm_{p}" in trained}
+    on = [index for index, microbatch in enumerate(batch.microbatches) if microbatch.on_policy]
+    objective = players.config.objective
+    if not on or statistics is None or objective.policy_gradient == "per_step":
+        return weights, scores, metrics
+    microbatches = [batch.microbatches[index] for index in on]
+    delta, mask = to_grid(microbatches, [statistics[index].delta for index in on])  # type: ignore[misc]
+    sampled, _ = to_grid(
+        microbatches,
+        [statistics[index].expected_f_teacher - statistics[index].f_target for index in on],  # type: ignore[operator]
+    )
+    grid_weights, grid_scores = policy_gradient_scores(
+        objective.policy_gradient, delta, sampled, mask, objective.gamma, players.layout.groups.dp
+    )
+    scale = batch.scales[True]
+    for index, weight, score in zip(
+        on, from_grid(microbatches, grid_weights), from_grid(microbatches, grid_scores), strict=True
+    ):
+        weights[index], scores[index] = weight * scale, score * scale  # type: ignore[call-overload]
+    return weights, scores, metrics
+
+
+def _statistics(
+    players: Players, batch: Batch, own_states: list[Tensor] | None
+) -> list[TokenStatistics] | None:
+    """Per-token statistics of every micro-batch on the last stage, else None."""
+    with_critic = players.critic is not None
+    if batch.student_states is None or batch.teacher_states is None:
+        return None
+    return [
+        head_statistics(
+            players.student_head(batch.student_states[index]),
+            players.teacher_head(batch, index),
+            players.critic_head(batch, index, own_states[index] if own_states else None) if with_critic else None,
+            microbatch.targets,
+            players.vocabulary,
+            players.config.training.head_chunk_tokens,
+        )
+        for index, microbatch in enumerate(batch.microbatches)
+    ]
+
+
+def _sum_loss(loss: float, layout: Layout) -> float:
+    """Sum of the last stages' losses over data parallelism, on every rank."""
+    total = torch.tensor([loss], dtype=torch.float64)
+    share_sums(total, layout)
+    return total.item()
+
+
+def _broadcast_from_last_stage(values: Tensor, layout: Layout) -> None:
+    on_device = values.to(layout.device)
+    torch.distributed.broadcast(on_device, src=layout.last_stage_rank, group=layout.groups.pp)
+    values.copy_(on_device)

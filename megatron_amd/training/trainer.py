@@ -1,0 +1,329 @@
+"""Algorithm 1: min over the student, max over two critics, on sequences that the student generates as it learns."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_amd.batch import Batch, Rollouts
+from megatron_amd.checkpoint import store
+from megatron_amd.config import Config, ObjectiveConfig, WarmupConfig, config_to_dict
+from megatron_amd.data.loader import PromptLoader
+from megatron_amd.distributed.initialize import agreed
+from megatron_amd.errors import InputError
+from megatron_amd.evaluation.distances import HeldOut
+from megatron_amd.models.roles import ModelPlan, build_critic
+from megatron_amd.training.collect import OFF, ON, make_batch, off_policy_responses, response_metrics, student_responses
+from megatron_amd.training.first_weights import fill_critic
+from megatron_amd.training.journal import Journal
+from megatron_amd.training.metrics import Timers, peak_memory_gib
+from megatron_amd.training.optimizer import build_optimization, wrap_for_training
+from megatron_amd.training.signals import StopSignals
+from megatron_amd.training.steps import Players, critic_step, measure, student_step
+
+
+@dataclass
+class Progress:
+    """Where a run is: all that a checkpoint needs to know of the loop."""
+
+    phase: str = "warmup"
+    """`warmup`, `critic` (critic-only steps) or `main`."""
+    iteration: int = 0
+    """Finished iterations of the phase."""
+    critic_steps: int = 0
+    """Critic steps done in the current iteration: the place inside K."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the current iteration so far."""
+    skipped_student_steps: int = 0
+    skipped_critic_steps: int = 0
+    nonfinite_in_a_row: int = 0
+
+
+class Trainer:
+    """One run. `train` is the paper's algorithm; the rest is what each of its lines takes.
+
+    Args:
+        config: the run's settings.
+        plan: the models' sizes.
+        players: teacher and student, filled with their first weights, the student not yet wrapped for training.
+        loader: prompts of this replica.
+        eos_ids: tokens that end a response.
+        held_out: the evaluation, or None.
+
+    All methods are collective. The constructor goes on from the newest checkpoint of `run.directory`, if any.
+
+    Raises:
+        InputError: the run directory cannot be written, or its checkpoint does not fit this run.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: ModelPlan,
+        players: Players,
+        loader: PromptLoader,
+        eos_ids: tuple[int, ...],
+        held_out: HeldOut | None,
+    ) -> None:
+        self.config, self.plan, self.players = config, plan, players
+        self.loader, self.eos_ids, self.held_out = loader, eos_ids, held_out
+        self.progress = Progress()
+        self.timers = Timers()
+        self.batch: Batch | None = None
+        self._batch_position: dict[str, Any] = {}  # of the loader, before it gave the batch's prompts
+        self._checkpoints = Path(config.run.directory) / "checkpoints"
+        critic_only = config.critic.warmup_steps if config.objective.name == "amm" else 0
+        self.phases = {"warmup": config.warmup.steps, "critic": critic_only, "main": config.training.steps}
+        self._student = wrap_for_training(players.student, players.layout, config.training.ddp)
+        players.student.config.no_sync_func = self._student.no_sync
+        self._resume_or_start()
+
+    def train(self) -> int | None:
+        """Run to the end, or until a signal asks to stop.
+
+        Returns:
+            None when the run is complete, else the number of the signal, after a checkpoint.
+        """
+        progress = self.progress
+        with StopSignals(self.players.layout) as stop, self.journal:
+            while progress.iteration < self.phases[progress.phase] or progress.phase != "main":
+                if progress.iteration == self.phases[progress.phase]:
+                    self._next_phase()
+                    continue
+                self._iteration(stop)
+                if stop.signal is not None:
+                    self.save()
+                    return stop.signal
+            self.evaluate("after")
+            self.save()
+        return None
+
+    def _iteration(self, stop: StopSignals) -> None:
+        """Algorithm 1, one iteration. A warm-up has no critic, a critic-only phase no student step."""
+        with self.timers("iteration"):
+            while self.progress.critic_steps < self._critic_steps():
+                self.critic_step(self.sample())
+                if self.config.objective.resample:
+                    self.batch = None
+                if stop.requested():
+                    return
+            if self.progress.phase != "critic" and not self._student_waits():
+                self.student_step(self.sample())
+        self._finish_iteration()
+        stop.requested()
+
+    def sample(self) -> Batch:
+        """The iteration's batch: prompts, the teacher's and the student's responses, both models' hidden states."""
+        if self.batch is not None:
+            return self.batch
+        objective = self._objective()
+        self._batch_position = self.loader.state_dict()
+        prompts = self.loader.next()
+        rollouts: dict[bool, Rollouts] = {}
+        with self.timers("rollout"):
+            if objective.beta > 0:
+                rollouts[OFF] = off_policy_responses(self.players, prompts, self.eos_ids)
+            if objective.beta < 1:
+                rollouts[ON] = student_responses(self.players, prompts, self.eos_ids)
+        with self.timers("hidden"):
+            self.batch = make_batch(self.players, rollouts, with_teacher=objective.name != "sft")
+            if objective.name != "sft" and not self._critic_steps():  # critic steps measure as they go
+                self.progress.metrics |= measure(self.players, self.batch)
+        self.progress.metrics |= response_metrics(rollouts, self.eos_ids, self.players.layout)
+        return self.batch
+
+    def critic_step(self, batch: Batch) -> None:
+        """max over f_1, f_2: one ascent step."""
+        with self.timers("critic"):
+            step, moves, moments = critic_step(self.players, batch)
+        # Only a batch's first critic step sees moments of states that the critic has not trained on.
+        fresh = moments if self.progress.critic_steps == 0 or self.config.objective.resample else {}
+        self.progress.metrics |= fresh | moves
+        self.progress.critic_steps += 1
+        self._count(step.applied, "critic")
+
+    def student_step(self, batch: Batch) -> None:
+        """min over the student: one descent step."""
+        objective = self._objective()
+        with self.timers("student"):
+            step, metrics = student_step(self.players, batch, objective.name, objective.beta)
+        self.progress.metrics |= metrics
+        self._count(step.applied, "student")
+
+    def evaluate(self, when: str) -> None:
+        """Measure the held-out distances, unless that is done already at this point of the run."""
+        point = {"when": when, "phase": self.progress.phase, "iteration": self.progress.iteration}
+        if self.held_out is not None and not self.journal.has_evaluation(point):
+            self.journal.add_evaluation(point, self.held_out.evaluate(self.players))
+
+    def save(self) -> None:
+        """Write a checkpoint from which the run goes on bit for bit."""
+        store.save(
+            self._checkpoints,
+            step=sum(self.phases[p] for p in self._earlier_phases()) + self.progress.iteration,
+            roles=self._roles(),
+            state={
+                "progress": asdict(self.progress),
+                "loader": self._batch_position if self.batch is not None else self.loader.state_dict(),
+                "evaluations": self.journal.evaluations,
+                "config": config_to_dict(self.config),
+            },
+            fingerprint=self._fingerprint(),
+            rank_state={"rng": _random_states()},
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _objective(self) -> ObjectiveConfig | WarmupConfig:
+        return self.config.warmup if self.progress.phase == "warmup" else self.config.objective
+
+    def _critic_steps(self) -> int:
+        """K of the current phase."""
+        if self.progress.phase == "warmup" or self.config.objective.name != "amm":
+            return 0
+        return 1 if self.progress.phase == "critic" else self.config.objective.critic_steps
+
+    def _student_waits(self) -> bool:
+        """Whether the critic is too loose to be followed, judged on states that it has not trained on."""
+        threshold = self.config.critic.tightness_threshold
+        if threshold is None or not self._critic_steps():
+            return False
+        tightness = [value for name, value in self.progress.metrics.items() if name.startswith("amm/tightness_")]
+        waits = min(tightness, default=1.0) < threshold
+        self.progress.metrics["train/waiting"] = float(waits)
+        return waits
+
+    def _count(self, applied: bool, player: str) -> None:
+        """Count the steps skipped for a gradient that is not finite; stop the run when they do not end."""
+        progress = self.progress
+        if applied:
+            progress.nonfinite_in_a_row = 0
+            return
+        progress.nonfinite_in_a_row += 1
+        if player == "critic":
+            progress.skipped_critic_steps += 1
+        else:
+            progress.skipped_student_steps += 1
+        if progress.nonfinite_in_a_row >= self.config.training.max_nonfinite_steps:
+            raise InputError(
+                f"{progress.nonfinite_in_a_row} steps in a row had a gradient that is not finite, the last one the "
+                f"{player}'s in iteration {progress.iteration + 1} of the {progress.phase} phase; lower the learning "
+                "rates, or look at the data there"
+            )
+
+    def _finish_iteration(self) -> None:
+        progress, config = self.progress, self.config
+        progress.iteration += 1
+        progress.critic_steps = 0
+        self.batch = None
+        metrics, progress.metrics = progress.metrics, {}
+        times = self.timers.collect()
+        tokens = config.training.global_batch_size * (
+            metrics.get("rollout/response_length_off", 0.0)
+            + metrics.get("rollout/response_length_on", 0.0) * config.rollout.samples_per_prompt
+        )
+        counts = {
+            "throughput/tokens_per_second": tokens / times["time/iteration"],
+            "memory/peak_gib": peak_memory_gib(),
+            "train/skipped_student_steps": progress.skipped_student_steps,
+            "train/skipped_critic_steps": progress.skipped_critic_steps,
+        }
+        self.journal.write(progress.phase, progress.iteration, metrics | times | counts)
+        if progress.iteration == self.phases[progress.phase]:
+            return  # the end of a phase has its own evaluation and checkpoint
+        if progress.phase == "main" and _is_due(progress.iteration, config.evaluation.interval):
+            self.evaluate("step")
+        if _is_due(progress.iteration, config.checkpoint.save_interval):
+            self.save()
+
+    def _next_phase(self) -> None:
+        """Leave a finished phase. After the warm-up come the first evaluation and the critic's entrance."""
+        if self.progress.phase == "warmup":
+            self.evaluate("before")
+        self.progress.phase = {"warmup": "critic", "critic": "main"}[self.progress.phase]
+        self.progress.iteration = 0
+        if self.progress.phase == "critic":
+            self._enter_main_game()
+
+    def _enter_main_game(self) -> None:
+        """Bring in the critic, started from the models as they are, and give the student a fresh optimizer."""
+        players, config = self.players, self.config
+        players.student_optimization = build_optimization(
+            self._student, config.training.optim, players.layout, config.training.steps, "training.optim"
+        )
+        if config.objective.name != "amm":
+            return
+        critic, layout = build_critic(config, self.plan, players.layout)
+        players.critic, players.critic_layout = critic, layout
+        with agreed():
+            if critic is not None:
+                fill_critic(critic, config, self.plan, players.student, players.teacher)
+        if critic is None:
+            return
+        model = wrap_for_training(critic, layout, {**config.training.ddp, "overlap_grad_reduce": False})
+        critic.config.no_sync_func = model.no_sync
+        steps = self.phases["critic"] + self.phases["main"] * config.objective.critic_steps
+        players.critic_optimization = build_optimization(model, config.critic.optim, layout, steps, "critic.optim")
+
+    def _resume_or_start(self) -> None:
+        config, players = self.config, self.players
+        with agreed():
+            newest = store.latest(self._checkpoints)
+            if newest is not None and not config.checkpoint.resume:
+                raise InputError(
+                    f"{config.run.directory}: already holds a run; set checkpoint.resume: true to go on with it, or "
+                    "choose another run.directory"
+                )
+            state = store.read_state(newest) if newest is not None else None
+        if state is not None:
+            self.progress = Progress(**state["progress"])
+        self.journal = Journal(config, self.phases, resume=state)
+        if self.progress.phase == "warmup":
+            players.student_optimization = build_optimization(
+                self._student, config.warmup.optim, players.layout, max(1, config.warmup.steps), "warmup.optim"
+            )
+        else:
+            self._enter_main_game()
+        if newest is not None and state is not None:
+            _, rank_state = store.load(newest, self._roles(), fingerprint=self._fingerprint())
+            _restore_random_states(rank_state["rng"])
+            self.loader.load_state_dict(state["loader"])
+
+    def _roles(self) -> dict[str, Any]:
+        """The trained roles as the checkpoint wants them; a role may be None on ranks that hold no part of it."""
+        players = self.players
+        roles: dict[str, Any] = {"student": store.RoleState.of(players.student_optimization, players.layout)}
+        if players.critic_layout is not None:
+            roles["critic"] = store.RoleState.of(players.critic_optimization, players.critic_layout)
+        return roles
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to fit."""
+        return {
+            "student": self.plan.student.sizes(),
+            "critic": self.plan.critic_trunk.sizes() if self.plan.critic_trunk else self.config.critic.features,
+            "precision": self.config.training.precision,
+        }
+
+    def _earlier_phases(self) -> list[str]:
+        order = list(self.phases)
+        return order[: order.index(self.progress.phase)]
+
+
+def _is_due(iteration: int, interval: int) -> bool:
+    return interval > 0 and iteration % interval == 0
+
+
+def _random_states() -> dict[str, Any]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

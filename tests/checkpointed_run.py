@@ -1,0 +1,202 @@
+"""A student and a critic in training, small, for tests of checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_amd.batch import MicroBatch, Rollouts, make_microbatches
+from megatron_amd.checkpoint import store
+from megatron_amd.config import Config, CriticConfig, ModelConfig, OptimConfig, ParallelConfig, TrainingConfig
+from megatron_amd.distributed.initialize import set_seeds
+from megatron_amd.distributed.layout import Layout, build_layout
+from megatron_amd.distributed.schedule import backward_without_trunk, forward_backward
+from megatron_amd.models.roles import build_critic, build_model, fill_model, plan_models
+from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
+
+# isort: split
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def make_config(
+    *,
+    tied: bool = True,
+    precision: Any = "fp32",
+    features: Any = "pair",
+    hidden_size: int = 32,
+    tensor: int = 1,
+    pipeline: int = 1,
+) -> Config:
+    """The settings of a run whose student and critic train, with learning rates that change from step to step."""
+    model = ModelConfig(architecture={**LLAMA, "tie_word_embeddings": tied, "hidden_size": hidden_size})
+    optim = OptimConfig(learning_rate=1e-2, warmup_steps=2, decay="cosine")
+    return Config(
+        student=model,
+        teacher=model,
+        critic=CriticConfig(features=features, optim=optim),
+        training=TrainingConfig(precision=precision, optim=optim, micro_batch_size=2),
+        parallel=ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline),
+    )
+
+
+class TinyRun:
+    """Student and critic with made-up losses on random tokens and states drawn from torch's global generator."""
+
+    def __init__(self, config: Config, layout: Layout | None = None, *, critic: bool = True) -> None:
+        self.config = config
+        self.layout = layout or build_layout(config.parallel, torch.device("cpu"))
+        set_seeds(config.run.seed, self.layout)
+        self.plan = plan_models(config, None)
+        teacher = build_model("teacher", config, self.plan, self.layout)
+        student = build_model("student", config, self.plan, self.layout)
+        fill_model(teacher, "teacher", config.teacher, self.plan.teacher, config)
+        fill_model(student, "student", config.student, self.plan.student, config)
+        with _counted_gathers() as self._gathers:
+            self.student = self._optimize(student, self.layout)
+        self.critic: Optimization | None = None
+        self.critic_layout: Layout | None = None
+        if critic:
+            model, self.critic_layout = build_critic(config, self.plan, self.layout, student, teacher)
+            if model is not None:
+                self.critic = self._optimize(model, self.critic_layout)
+            else:
+                _join_gathers(self._gathers)
+
+    def _optimize(self, model: Any, layout: Layout) -> Optimization:
+        wrapped = wrap_for_training(model, layout, {})
+        model.config.no_sync_func = wrapped.no_sync
+        return build_optimization(wrapped, self.config.training.optim, layout, 20, "training.optim")
+
+    def train(self, steps: int) -> list[tuple[float, float, float]]:
+        """(loss, gradient norm, learning rate) of each role's steps on this rank."""
+        return [record for _ in range(steps) for record in self._step()]
+
+    def _step(self) -> list[tuple[float, float, float]]:
+        trunk = self.config.critic.features == "own"
+        group = self.layout.groups.tp
+        tokens = torch.randint(0, 300, (4, 6))
+        states = torch.randn(4, 32).to(next(self.student.model.parameters()).dtype)
+        rollouts = Rollouts(tokens, torch.tensor([2, 1, 3, 2]), torch.tensor([6, 5, 6, 4]))
+        batches = make_microbatches(rollouts, on_policy=False, size=2, width=6)
+        head = self.student.model.module.head_weight
+        records = [self._move(self.student, self.layout, batches, lambda hidden: head_loss(hidden, head(), group))]
+        if self.critic is not None:
+            assert self.critic_layout is not None
+            critic = self.critic.model.module
+
+            def critic_loss(hidden: Tensor | None) -> Tensor:
+                weights = [w for on in (False, True) for w in critic.head_weights(on).values()]
+                inputs = states if hidden is None else hidden
+                return torch.stack([head_loss(inputs, weight, group) for weight in weights]).sum()
+
+            records.append(self._move(self.critic, self.critic_layout, batches, critic_loss, trunk=trunk))
+        return records
+
+    def _move(
+        self, role: Optimization, layout: Layout, batches: list[MicroBatch], loss: Any, *, trunk: bool = True
+    ) -> tuple[float, float, float]:
+        def function(index: int, hidden: Any) -> tuple[Tensor, Tensor]:
+            value = loss(hidden)
+            return value, value.detach()
+
+        role.zero_grad()
+        if trunk:
+            kept = forward_backward(role.model, batches, layout, function)
+        else:
+            kept = backward_without_trunk(role.model, len(batches), layout, function)
+        step = role.step()
+        assert step.applied
+        return float(sum(kept or [torch.zeros(())])), step.grad_norm, step.learning_rate
+
+    def roles(self) -> dict[str, store.RoleState | None]:
+        roles = {"student": store.RoleState.of(self.student, self.layout)}
+        if self.critic_layout is not None:
+            roles["critic"] = store.RoleState.of(self.critic, self.critic_layout)
+        return roles
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"student": self.plan.student.sizes(), "precision": self.config.training.precision}
+
+    def save(self, directory: Path, step: int, *, keep: int = 2) -> Path:
+        return store.save(
+            directory,
+            step=step,
+            roles=self.roles(),
+            state={"progress": {"iteration": step, "rate": 0.1}},
+            fingerprint=self.fingerprint(),
+            rank_state={"rng": torch.get_rng_state(), "rank": dist.get_rank()},
+            keep=keep,
+        )
+
+    def load(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        state, rank_state = store.load(path, self.roles(), fingerprint=self.fingerprint())
+        torch.set_rng_state(rank_state["rng"])
+        return state, rank_state
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Everything that a step changes on this rank: parameters, fp32 main parameters, moments, steps, rates."""
+        tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+        for name, role in (("student", self.student), ("critic", self.critic)):
+            if role is None:
+                continue
+            for key, parameter in role.model.named_parameters():
+                tensors[f"{name}.{key}"] = parameter.detach().clone()
+            for part in role.optimizer.chained_optimizers:
+                for g, group in enumerate(part.optimizer.param_groups):
+                    tensors[f"{name}.rate.{g}"] = torch.tensor([group["lr"], group["weight_decay"]], dtype=torch.float64)
+                    for p, main in enumerate(group["params"]):
+                        tensors[f"{name}.main.{g}.{p}"] = main.detach().clone()
+                        for key, value in part.optimizer.state[main].items():
+                            tensors[f"{name}.{key}.{g}.{p}"] = torch.as_tensor(value).clone()
+            tensors[f"{name}.scheduled"] = torch.tensor(role.scheduler.num_steps)
+        return tensors
+
+
+def head_loss(states: Tensor, weight: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
+    """Some loss whose gradient reaches states and head."""
+    states = copy_to_tensor_model_parallel_region(states, tp_group)
+    return ((states.float() @ weight.float().t()).tanh() - 0.3).square().mean()
+
+
+@contextlib.contextmanager
+def _counted_gathers() -> Iterator[list[int]]:
+    """Count the gathers over all ranks that Megatron-Core makes while it builds an optimizer."""
+    gather, calls = dist.all_gather_object, []
+
+    def counting(*args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        gather(*args, **kwargs)
+
+    dist.all_gather_object = counting
+    try:
+        yield calls
+    finally:
+        dist.all_gather_object = gather
+
+
+def _join_gathers(calls: list[int]) -> None:
+    """The same gathers on a rank that has no model to optimize."""
+    for _ in calls:
+        dist.all_gather_object([None] * dist.get_world_size(), [])
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not equal bit for bit."""
+    return sorted(key for key in a.keys() | b.keys() if key not in a or key not in b or not torch.equal(a[key], b[key]))
+
+
+def with_layout(config: Config, tensor: int, pipeline: int) -> Config:
+    parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    return replace(config, parallel=parallel)
