@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron_amd.config import Config, CriticConfig, ModelConfig, OptimConfig, 
 from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import Layout, build_layout
 from megatron_amd.distributed.schedule import backward_without_trunk, forward_backward
-from megatron_amd.models.roles import build_critic, build_model, fill_model, plan_models
+from megatron_amd.models.roles import build_critic, build_model, plan_models
 from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
 
 # isort: split
@@ -59,17 +60,16 @@ class TinyRun:
         self.layout = layout or build_layout(config.parallel, torch.device("cpu"))
         set_seeds(config.run.seed, self.layout)
         self.plan = plan_models(config, None)
-        teacher = build_model("teacher", config, self.plan, self.layout)
         student = build_model("student", config, self.plan, self.layout)
-        fill_model(teacher, "teacher", config.teacher, self.plan.teacher, config)
-        fill_model(student, "student", config.student, self.plan.student, config)
+        fill(student, self.layout)
         with _counted_gathers() as self._gathers:
             self.student = self._optimize(student, self.layout)
         self.critic: Optimization | None = None
         self.critic_layout: Layout | None = None
         if critic:
-            model, self.critic_layout = build_critic(config, self.plan, self.layout, student, teacher)
+            model, self.critic_layout = build_critic(config, self.plan, self.layout)
             if model is not None:
+                fill(model, self.layout)
                 self.critic = self._optimize(model, self.critic_layout)
             else:
                 _join_gathers(self._gathers)
@@ -155,13 +155,26 @@ class TinyRun:
                 tensors[f"{name}.{key}"] = parameter.detach().clone()
             for part in role.optimizer.chained_optimizers:
                 for g, group in enumerate(part.optimizer.param_groups):
-                    tensors[f"{name}.rate.{g}"] = torch.tensor([group["lr"], group["weight_decay"]], dtype=torch.float64)
+                    tensors[f"{name}.rate.{g}"] = torch.tensor(
+                        [group["lr"], group["weight_decay"]], dtype=torch.float64
+                    )
                     for p, main in enumerate(group["params"]):
                         tensors[f"{name}.main.{g}.{p}"] = main.detach().clone()
                         for key, value in part.optimizer.state[main].items():
                             tensors[f"{name}.{key}.{g}.{p}"] = torch.as_tensor(value).clone()
             tensors[f"{name}.scheduled"] = torch.tensor(role.scheduler.num_steps)
         return tensors
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, layout: Layout) -> None:
+    """Random weights: equal on all ranks for what they share, different for what they hold shards of."""
+    for name, parameter in model.named_parameters():
+        if name == "output_layer.weight" and getattr(model, "share_embeddings_and_output_weights", False):
+            name = "embedding.word_embeddings.weight"
+        seed = f"{name}.{layout.tp_rank if parameter.dim() > 1 else 0}".encode()
+        generator = torch.Generator().manual_seed(zlib.crc32(seed))
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.dim() == 1))
 
 
 def head_loss(states: Tensor, weight: Tensor, tp_group: dist.ProcessGroup) -> Tensor:

@@ -17,6 +17,8 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
 from megatron_amd import __version__
+from megatron_amd.data.hub import first_line
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
 
@@ -35,7 +38,6 @@ from megatron_amd.distributed.layout import Layout
 import megatron.core
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import CheckpointingException
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -49,7 +51,11 @@ STATE_FILE = "state.json"
 FORMAT = 1
 """Version of the folder's layout; a newer one is refused."""
 
+_TENSORS = ".distcp"
+"""Suffix of the large files, which torch writes."""
+
 _NAME = re.compile(r"(?P<replaced>\.replaced-)?step-(?P<step>\d{8,})")
+_ADVICE = "restore it from a copy, or remove this checkpoint to use an earlier one"
 _CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -133,7 +139,7 @@ def save(
                     "roles": {name: sizes for name, (_, sizes) in layouts.items()},
                     "fingerprint": dict(fingerprint),
                     **state,
-                    "files": _sizes(partial),
+                    "files": _describe_files(partial),
                 }
                 _write(partial / STATE_FILE, (json.dumps(document, indent=1) + "\n").encode())
                 path = _publish(directory, partial)
@@ -198,11 +204,8 @@ def load(
     with agreed():
         state = read_state(path)
         _check_fit(path, state, roles, fingerprint)
-        if rank == 0:
-            _check_files(path, state["files"])
-        rank_state = _unpickled(path / f"rank_{rank:05d}.pt")
-        for name in roles:
-            _unpickled(path / name / "common.pt")
+        _check_files(path, state["files"])
+        rank_state = torch.load(path / f"rank_{rank:05d}.pt", map_location="cpu", weights_only=True)
     for name, role in roles.items():
         _load_role(path / name, role)
     return state, rank_state
@@ -214,15 +217,11 @@ def load_weights(path: str | Path, role: str, model: torch.nn.Module, layout: La
     with agreed():
         state = read_state(path)
         _check_role(path, state, role)
-        if dist.get_rank() == 0:
-            _check_files(path, state["files"])
+        _check_files(path, {name: kept for name, kept in state["files"].items() if name.startswith(f"{role}/")})
     model = _unwrapped(model)
     content = {**_CONTENT, "dp_cp_group": layout.groups.dp_cp}
     loaded = _read({"model": model.sharded_state_dict(metadata=content)}, path / role)
     model.load_state_dict(loaded["model"])
-
-
-_ADVICE = "restore it from a copy, or remove this checkpoint to use an earlier one"
 
 
 # Saving
@@ -340,9 +339,15 @@ def _pickled(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+def _describe_files(folder: Path) -> dict[str, dict[str, int]]:
+    """Size of each file, and a checksum of the small ones; torch keeps checksums inside the large ones."""
+    described = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        description = {"size": file.stat().st_size}
+        if file.suffix != _TENSORS:
+            description["crc32"] = zlib.crc32(file.read_bytes())
+        described[file.relative_to(folder).as_posix()] = description
+    return described
 
 
 def _versions() -> dict[str, str]:
@@ -359,13 +364,23 @@ def _writing(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:
-        causes = [cause for cause in _causes(error) if isinstance(cause, OSError)]
-        if not causes:
+        reason = _file_system_reason(error)
+        if reason is None:
             raise
-        reason = causes[0].strerror or str(causes[0])
         raise InputError(
             f"{directory}: the checkpoint cannot be written: {reason}; earlier ones are intact; mend it and resume"
         ) from error
+
+
+def _file_system_reason(error: BaseException) -> str | None:
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, OSError):
+            return cause.strerror or str(cause)
+    # torch's archive writer notices first that fewer bytes arrived than it wrote, and the OSError is lost.
+    if any(isinstance(cause, RuntimeError) and "inline_container" in str(cause) for cause in causes):
+        return "a file was cut short (is the disk full?)"
+    return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -412,13 +427,38 @@ def _differences(saved: Any, expected: Any, where: str) -> Iterator[str]:
         yield f"{where} is {saved}, here {expected}"
 
 
-def _check_files(path: Path, sizes: Mapping[str, int]) -> None:
-    for name, size in sizes.items():
+def _check_files(path: Path, files: Mapping[str, Mapping[str, int]]) -> None:
+    """Raise InputError unless every file is as it was written. The ranks share the reading; call it in `agreed()`."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for name, saved in files.items():  # first, since the other check reads one file to understand another
         file = path / name
         if not file.is_file():
             raise InputError(f"{file}: is missing; {_ADVICE}")
-        if file.stat().st_size != size:
-            raise InputError(f"{file}: is damaged ({file.stat().st_size} bytes instead of {size}); {_ADVICE}")
+        size = file.stat().st_size
+        if size != saved["size"]:
+            raise InputError(f"{file}: is damaged ({size} bytes instead of {saved['size']}); {_ADVICE}")
+        if "crc32" in saved and zlib.crc32(file.read_bytes()) != saved["crc32"]:
+            raise InputError(f"{file}: is damaged; {_ADVICE}")
+    for name in sorted(name for name in files if name.endswith(_TENSORS))[rank::ranks]:
+        if not _tensors_intact(path / name):
+            raise InputError(f"{path / name}: is damaged; {_ADVICE}")
+
+
+def _tensors_intact(file: Path) -> bool:
+    """Whether a file of tensors is as torch wrote it: one zip archive per tensor, with checksums torch never reads."""
+    stored = FileSystemReader(file.parent).read_metadata().storage_data.values()
+    with file.open("rb") as stream:
+        for piece in stored:
+            if piece.relative_path != file.name:
+                continue
+            stream.seek(piece.offset)
+            try:
+                with zipfile.ZipFile(io.BytesIO(stream.read(piece.length))) as archive:
+                    if archive.testzip() is not None:
+                        return False
+            except zipfile.BadZipFile:
+                return False
+    return True
 
 
 def _load_role(folder: Path, role: RoleState | None) -> None:
@@ -435,30 +475,13 @@ def _load_role(folder: Path, role: RoleState | None) -> None:
 
 
 def _read(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`dist_checkpointing.load`. Its failures, which torch shares between ranks, name the damaged file."""
+    """`dist_checkpointing.load`. Torch brings a rank's failure to all ranks."""
     try:
         with _quiet():
             return dist_checkpointing.load(sharded_state_dict, str(folder), validate_access_integrity=False)
-    except (CheckpointException, CheckpointingException, Exception) as error:
-        file = _damaged_file(folder)
-        if file is None:
-            raise
-        raise InputError(f"{file}: is damaged; {_ADVICE}") from error
-
-
-def _damaged_file(folder: Path) -> Path | None:
-    """The first file that cannot be read: each stored tensor carries a checksum of its own."""
-    file = folder / ".metadata"
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-        for stored in metadata.storage_data.values():
-            file = folder / stored.relative_path
-            with file.open("rb") as stream:
-                stream.seek(stored.offset)
-                torch.load(io.BytesIO(stream.read(stored.length)), weights_only=True)
-    except Exception:
-        return file
-    return None
+    except CheckpointException as error:
+        *_, cause = _causes(error)
+        raise InputError(f"{folder}: does not fit this run: {first_line(cause)}") from error
 
 
 def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
@@ -476,17 +499,6 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     for state, step in zip(states, steps, strict=True):
         if step is not None:
             state["step"] = step.clone()
-
-
-def _unpickled(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{file}: is missing; {_ADVICE}") from None
-    except OSError:
-        raise
-    except Exception as error:  # pickle and torch raise whatever a damaged file leads them to
-        raise InputError(f"{file}: is damaged; {_ADVICE}") from error
 
 
 # Both

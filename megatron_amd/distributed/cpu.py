@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -123,7 +124,7 @@ def _map_factories() -> None:
 
     # torch lists the factories that `with torch.device(...)` acts on when it is first asked; the list must hold the
     # originals, which the mapped ones call.
-    torch.utils._device._device_constructors()
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, mapped(getattr(torch, name)))
 

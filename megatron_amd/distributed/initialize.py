@@ -63,9 +63,7 @@ def initialize(config: Config) -> Layout:
 def set_seeds(seed: int, layout: Layout) -> None:
     """Seed torch and Megatron-Core's tracker. Weights and sampling do not depend on these states."""
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(
-        seed, tp_rank=layout.tp_rank, ep_rank=0, etp_rank=0, force_reset_rng=True
-    )
+    model_parallel_cuda_manual_seed(seed, tp_rank=layout.tp_rank, ep_rank=0, etp_rank=0, force_reset_rng=True)
 
 
 def check_batch_split(config: Config, world_size: int) -> None:

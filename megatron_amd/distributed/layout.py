@@ -17,8 +17,7 @@ from megatron_amd.errors import InputError
 class Layout:
     """Process groups of one role and this rank's place in them.
 
-    A role gets its layout passed and never looks groups up, so that roles may have different ones. Today student,
-    teacher and a critic with a trunk share one; a critic that is only heads lives on `last_stage()`.
+    A role gets its layout passed and never looks groups up, so that roles may come to have different ones.
     """
 
     groups: ProcessGroupCollection
@@ -61,23 +60,6 @@ class Layout:
     def last_stage_rank(self) -> int:
         """Global rank of this replica's last pipeline stage (same TP rank)."""
         return dist.get_process_group_ranks(self.groups.pp)[-1]
-
-    def last_stage(self) -> Layout:
-        """The last pipeline stage as a layout of its own: same TP and DP groups, no pipeline.
-
-        For models without a trunk. Collective: every rank calls it.
-        """
-        if self.pp_size == 1:
-            return self
-        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-        groups = ProcessGroupCollection(
-            **{
-                **{name: group for name, group in vars(self.groups).items()},
-                "pp": alone, "embd": alone, "pos_embd": alone, "mp": self.groups.tp, "tp_ep_pp": self.groups.tp,
-                "intra_dist_opt": self.groups.tp_dp_cp,
-            }
-        )  # fmt: skip
-        return Layout(groups=groups, device=self.device, sequence_parallel=self.sequence_parallel)
 
 
 def build_layout(parallel: ParallelConfig, device: torch.device) -> Layout:

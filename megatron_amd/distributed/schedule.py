@@ -66,17 +66,17 @@ def backward_without_trunk(
     num_microbatches: int,
     layout: Layout,
     loss_function: Callable[[int, None], tuple[Tensor, Any]],
-) -> list[Any]:
-    """`forward_backward` for a model that is only heads: nothing runs before the loss."""
+) -> list[Any] | None:
+    """`forward_backward` for a model that is only heads, on the last stage: nothing runs before the loss."""
     kept = []
-    for index in range(num_microbatches):
+    for index in range(num_microbatches if layout.is_last_stage else 0):
         is_last = index == num_microbatches - 1
         with contextlib.nullcontext() if is_last else model.no_sync():
             loss, keep = loss_function(index, None)
             loss.backward()
         kept.append(keep)
-    finalize_model_grads([model], None, pg_collection=layout.groups)
-    return kept
+    model.finish_grad_sync()
+    return kept if layout.is_last_stage else None
 
 
 def _run(

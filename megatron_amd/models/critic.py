@@ -42,7 +42,10 @@ class TrunkCritic(CausalLM):
 
 
 class HeadCritic(MegatronModule):
-    """A critic that is only heads, on the final states of the teacher or of teacher and student."""
+    """A critic that is only heads, on the final states of the teacher or of teacher and student.
+
+    It lives on the last pipeline stage; on the others it has no parameters.
+    """
 
     def __init__(
         self, config: TransformerConfig, hidden_sizes: dict[str, int], padded_vocab_size: int, layout: Layout
@@ -56,6 +59,7 @@ class HeadCritic(MegatronModule):
                 {
                     source: vocabulary_head(config, width, padded_vocab_size, layout.groups.tp)
                     for source, width in hidden_sizes.items()
+                    if layout.is_last_stage
                 }
             )
 

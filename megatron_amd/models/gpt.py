@@ -46,14 +46,14 @@ class CausalLM(GPTModel):
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         hidden = self.embedding(tokens, position_ids.expand_as(tokens)) if self.pre_process else None
-        return self.decoder(
-            hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(position_ids)
-        )
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(position_ids))
 
     def head_weight(self) -> Tensor:
         """[V_local, H] rows of the LM head (last stage)."""
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else (
-            self.output_layer.weight
+        return (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else (self.output_layer.weight)
         )
 
     def _rotary_angles(self, position_ids: Tensor) -> Tensor | None:
@@ -86,7 +86,11 @@ def transformer_config(
         "params_dtype": torch.bfloat16 if half else torch.float32,
         "pipeline_dtype": torch.bfloat16 if half else torch.float32,
         "bf16": half,
-        "perform_initialization": False,  # weights come from a folder or from `initialize_weights`
+        # Weights come from a folder or from `initialize_weights`, but Megatron-Core marks tensor-parallel parameters
+        # only where it initialises them.
+        "init_method": leave,
+        "output_layer_init_method": leave,
+        "embedding_init_method": leave,
         "calculate_per_token_loss": True,  # gradients are sums; the losses carry their normalisation
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,
@@ -107,6 +111,11 @@ def transformer_config(
         return TransformerConfig(**{**settings, **extra})
     except (AssertionError, TypeError, ValueError) as error:
         raise InputError(f"{where}: Megatron-Core refuses this model: {error}") from error
+
+
+def leave(weight: Tensor) -> Tensor:
+    """The initialisation that changes nothing."""
+    return weight
 
 
 def build_gpt(

@@ -114,20 +114,12 @@ def build_model(
     return model
 
 
-def build_critic(
-    config: Config, plan: ModelPlan, layout: Layout
-) -> tuple[TrunkCritic | HeadCritic | None, Layout]:
-    """The critic, not yet filled, and its layout.
-
-    A critic without a trunk lives on the last pipeline stage alone; elsewhere it is None. Collective.
-    """
+def build_critic(config: Config, plan: ModelPlan, layout: Layout) -> TrunkCritic | HeadCritic:
+    """This rank's stage of the critic, not yet filled."""
     if config.critic.features == "own":
-        return build_model("critic", config, plan, layout, model_class=TrunkCritic), layout  # type: ignore[return-value]
-    critic_layout = layout.last_stage()
-    if not layout.is_last_stage:
-        return None, critic_layout
+        return build_model("critic", config, plan, layout, model_class=TrunkCritic)  # type: ignore[return-value]
     widths = {"teacher": plan.teacher.hidden_size}
     if config.critic.features == "pair":
         widths["student"] = plan.student.hidden_size
-    transformer = transformer_config(plan.student, config.training, critic_layout, {}, "critic")
-    return HeadCritic(transformer, widths, plan.padded_vocab_size, critic_layout), critic_layout
+    transformer = transformer_config(plan.student, config.training, layout, {}, "critic")
+    return HeadCritic(transformer, widths, plan.padded_vocab_size, layout)

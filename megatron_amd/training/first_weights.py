@@ -10,7 +10,7 @@ from megatron_amd.config import Config, ModelConfig
 from megatron_amd.models.architecture import Architecture
 from megatron_amd.models.critic import HeadCritic, TrunkCritic
 from megatron_amd.models.gpt import CausalLM, fill_parameter, initialize_weights
-from megatron_amd.models.roles import ModelPlan, role_architecture
+from megatron_amd.models.roles import role_architecture
 
 
 def fill_model(model: CausalLM, role: str, settings: ModelConfig, architecture: Architecture, seed: int) -> None:
@@ -32,15 +32,13 @@ def freeze(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def fill_critic(
-    critic: TrunkCritic | HeadCritic, config: Config, plan: ModelPlan, student: CausalLM, teacher: CausalLM
-) -> None:
+def fill_critic(critic: TrunkCritic | HeadCritic, config: Config, student: CausalLM, teacher: CausalLM) -> None:
     """Start the critic from student and teacher as they are now (after a warm-up), as `critic.*` says."""
     sources: dict[str, CausalLM] = {"student": student, "teacher": teacher}
     if isinstance(critic, TrunkCritic):
         sources["own"] = _fill_trunk(critic, config, sources)
-        if not critic.post_process:
-            return
+    if not student.post_process:  # heads are on the last stage
+        return
     heads = {source: sources[source].head_weight().detach().clone() for source in critic.head_weights(False)}
     for on_policy in (False, True):
         for source, weight in critic.head_weights(on_policy).items():
@@ -63,9 +61,7 @@ def _fill_trunk(critic: TrunkCritic, config: Config, sources: dict[str, CausalLM
     return source
 
 
-def _fill_head(
-    weight: Tensor, lm_head: Tensor, config: Config, name: str, critic: TrunkCritic | HeadCritic
-) -> None:
+def _fill_head(weight: Tensor, lm_head: Tensor, config: Config, name: str, critic: TrunkCritic | HeadCritic) -> None:
     if config.critic.head_init == "lm_head":
         weight.copy_(lm_head * config.critic.head_scale)
     elif config.critic.head_init == "zero":

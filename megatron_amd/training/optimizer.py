@@ -48,8 +48,15 @@ class Optimization:
         return StepResult(applied=True, grad_norm=grad_norm, learning_rate=learning_rate)
 
     @property
+    def has_parameters(self) -> bool:
+        """Whether this rank holds any part of the model."""
+        return any(True for _ in self.model.parameters())
+
+    @property
     def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        """Current rate; 0 on a stage where the model has no parameters."""
+        groups = self.optimizer.param_groups
+        return float(groups[0]["lr"]) if groups else 0.0
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,14 @@ def wrap_for_training(model: MegatronModule, layout: Layout, extra: dict[str, An
     """
     _check_fields(extra, DistributedDataParallelConfig, "training.ddp")
     settings = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **extra}
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(**settings),
         module=model,
         pg_collection=layout.groups,
     )
+    model.config.no_sync_func = wrapped.no_sync  # schedules reduce gradients once, after the last micro-batch
+    return wrapped
 
 
 def build_optimization(

@@ -42,8 +42,7 @@ class Players:
     student: CausalLM
     student_optimization: Optimization | None = None
     critic: TrunkCritic | HeadCritic | None = None
-    """None before the main phase, and on stages that hold no part of a critic without a trunk."""
-    critic_layout: Layout | None = None
+    """None before the main game, and where the objective has no critic."""
     critic_optimization: Optimization | None = None
 
     def student_head(self, states: Tensor) -> Head:
@@ -93,42 +92,34 @@ def critic_step(players: Players, batch: Batch) -> tuple[StepResult, dict[str, f
         What the optimizer did; loss, gradient norm and rate as metrics; and the batch's distances and moments under
         the critic as it was before the step. Collective.
     """
-    objective = players.config.objective
-    pending: list[TokenStatistics] | None = None
-    step = StepResult(applied=False, grad_norm=0.0, learning_rate=0.0)
-    loss_sum = 0.0
-    if players.critic_optimization is not None:  # else this stage holds no part of the critic
-        optimization = players.critic_optimization
+    assert players.critic_optimization is not None
+    optimization, objective = players.critic_optimization, players.config.objective
 
-        def loss_function(index: int, own_states: Tensor | None) -> tuple[Tensor, Any]:
-            microbatch = batch.microbatches[index]
-            assert batch.student_states is not None and batch.teacher_states is not None
-            loss, statistics = critic_loss(
-                players.student_head(batch.student_states[index]),
-                players.teacher_head(batch, index),
-                players.critic_head(batch, index, own_states),
-                targets=microbatch.targets,
-                weights=batch.weights[index] * coefficient(microbatch, objective.beta),
-                on_policy=microbatch.on_policy,
-                estimator=objective.estimator,
-                vocabulary=players.vocabulary,
-                chunk_tokens=players.config.training.head_chunk_tokens,
-            )
-            return loss, (statistics, loss.detach())
+    def loss_function(index: int, own_states: Tensor | None) -> tuple[Tensor, tuple[TokenStatistics, Tensor]]:
+        microbatch = batch.microbatches[index]
+        assert batch.student_states is not None
+        loss, statistics = critic_loss(
+            players.student_head(batch.student_states[index]),
+            players.teacher_head(batch, index),
+            players.critic_head(batch, index, own_states),
+            targets=microbatch.targets,
+            weights=batch.weights[index] * coefficient(microbatch, objective.beta),
+            on_policy=microbatch.on_policy,
+            estimator=objective.estimator,
+            vocabulary=players.vocabulary,
+            chunk_tokens=players.config.training.head_chunk_tokens,
+        )
+        return loss, (statistics, loss.detach())
 
-        optimization.zero_grad()
-        assert players.critic_layout is not None
-        if isinstance(players.critic, TrunkCritic):
-            kept = forward_backward(optimization.model, batch.microbatches, players.critic_layout, loss_function)
-        else:
-            kept = backward_without_trunk(
-                optimization.model, len(batch.microbatches), players.critic_layout, loss_function
-            )
-        step = optimization.step()
-        if kept is not None:
-            pending = [statistics for statistics, _ in kept]
-            loss_sum = float(sum(loss.double() for _, loss in kept))
-    moments = batch_metrics(batch, pending, players.layout, players.config.critic.bound)
+    optimization.zero_grad()
+    if isinstance(players.critic, TrunkCritic):
+        kept = forward_backward(optimization.model, batch.microbatches, players.layout, loss_function)
+    else:
+        kept = backward_without_trunk(optimization.model, len(batch.microbatches), players.layout, loss_function)
+    step = optimization.step()
+    statistics = None if kept is None else [statistics for statistics, _ in kept]
+    loss_sum = float(sum(loss.double() for _, loss in kept or ()))
+    moments = batch_metrics(batch, statistics, players.layout, players.config.critic.bound)
     shared = torch.tensor([step.grad_norm, step.learning_rate, float(step.applied)], dtype=torch.float64)
     _broadcast_from_last_stage(shared, players.layout)
     grad_norm, learning_rate, applied = shared.tolist()
@@ -218,9 +209,7 @@ def _student_weights(
     return weights, scores, metrics
 
 
-def _statistics(
-    players: Players, batch: Batch, own_states: list[Tensor] | None
-) -> list[TokenStatistics] | None:
+def _statistics(players: Players, batch: Batch, own_states: list[Tensor] | None) -> list[TokenStatistics] | None:
     """Per-token statistics of every micro-batch on the last stage, else None."""
     with_critic = players.critic is not None
     if batch.student_states is None or batch.teacher_states is None:

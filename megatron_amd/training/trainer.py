@@ -78,7 +78,6 @@ class Trainer:
         critic_only = config.critic.warmup_steps if config.objective.name == "amm" else 0
         self.phases = {"warmup": config.warmup.steps, "critic": critic_only, "main": config.training.steps}
         self._student = wrap_for_training(players.student, players.layout, config.training.ddp)
-        players.student.config.no_sync_func = self._student.no_sync
         self._resume_or_start()
 
     def train(self) -> int | None:
@@ -255,17 +254,15 @@ class Trainer:
         )
         if config.objective.name != "amm":
             return
-        critic, layout = build_critic(config, self.plan, players.layout)
-        players.critic, players.critic_layout = critic, layout
+        players.critic = critic = build_critic(config, self.plan, players.layout)
         with agreed():
-            if critic is not None:
-                fill_critic(critic, config, self.plan, players.student, players.teacher)
-        if critic is None:
-            return
-        model = wrap_for_training(critic, layout, {**config.training.ddp, "overlap_grad_reduce": False})
-        critic.config.no_sync_func = model.no_sync
+            fill_critic(critic, config, players.student, players.teacher)
+        # A micro-batch trains one of the two heads: a bucket that waits for both would never be reduced.
+        model = wrap_for_training(critic, players.layout, {**config.training.ddp, "overlap_grad_reduce": False})
         steps = self.phases["critic"] + self.phases["main"] * config.objective.critic_steps
-        players.critic_optimization = build_optimization(model, config.critic.optim, layout, steps, "critic.optim")
+        players.critic_optimization = build_optimization(
+            model, config.critic.optim, players.layout, steps, "critic.optim"
+        )
 
     def _resume_or_start(self) -> None:
         config, players = self.config, self.players
@@ -292,11 +289,12 @@ class Trainer:
             self.loader.load_state_dict(state["loader"])
 
     def _roles(self) -> dict[str, Any]:
-        """The trained roles as the checkpoint wants them; a role may be None on ranks that hold no part of it."""
+        """The trained roles as the checkpoint wants them."""
         players = self.players
         roles: dict[str, Any] = {"student": store.RoleState.of(players.student_optimization, players.layout)}
-        if players.critic_layout is not None:
-            roles["critic"] = store.RoleState.of(players.critic_optimization, players.critic_layout)
+        critic = players.critic_optimization
+        if critic is not None:  # one that is only heads has no part on earlier stages
+            roles["critic"] = store.RoleState.of(critic if critic.has_parameters else None, players.layout)
         return roles
 
     def _fingerprint(self) -> dict[str, Any]:
