@@ -8,3 +8,6 @@ keeps its stack trace.
 
 class InputError(Exception):
     """A problem the user can fix. The message says what is wrong, where, and what to do, in one line."""
+
+    on_all_ranks = False
+    """Whether every rank raises this very message (`distributed.initialize.agreed`), so that one need print it."""

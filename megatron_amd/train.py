@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megatron_amd.config import Config, config_to_yaml, describe_fields, load_config
 from megatron_amd.errors import InputError
@@ -22,22 +24,27 @@ USAGE_ERROR = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
-    options = _parse(arguments)
-    if options.help:
-        if _speaks():
-            print(_help_text())
-        return 0
     try:
-        config = load_config(options.config, options.overrides)
-        if options.print_config:
-            if _speaks():
-                print(config_to_yaml(config), end="")
-            return 0
-        return _dry_run(config, options.world_size) if options.dry_run else _train(config)
+        return _run(_parse(arguments))
     except InputError as error:
-        if _speaks():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # What every rank knows the first one says; what a rank found by itself, such as a file that is missing, the
+        # others on its node have found too.
+        if _is_first("RANK") if error.on_all_ranks else _is_first("LOCAL_RANK"):
+            print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
         return USAGE_ERROR
+    except KeyboardInterrupt:  # before the first step; from then on training/signals.py handles it
+        return 128 + signal.SIGINT
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.help:
+        _say(_help_text())
+        return 0
+    config = load_config(options.config, options.overrides)
+    if options.print_config:
+        _say(config_to_yaml(config).rstrip("\n"))
+        return 0
+    return _dry_run(config, options.world_size) if options.dry_run else _train(config)
 
 
 def _train(config: Config) -> int:
@@ -45,15 +52,16 @@ def _train(config: Config) -> int:
 
     from megatron_amd.checkpoint.hf import export_hf
     from megatron_amd.distributed.initialize import initialize, shutdown
+    from megatron_amd.distributed.quiet import silence_known_warnings
     from megatron_amd.training.setup import set_up
 
+    silence_known_warnings()
     try:
         layout = initialize(config)
         trainer, tokenizer = set_up(config, layout, warn=_warn)
         stopped_by = trainer.train()
         if stopped_by is not None:
-            if _speaks():
-                print(f"stopped by signal {stopped_by} after saving a checkpoint; the same command goes on from it")
+            _say(f"stopped by signal {stopped_by} after saving a checkpoint; the same command goes on from it")
             return 128 + stopped_by
         if config.checkpoint.export:
             folder = Path(config.run.directory) / "student"
@@ -68,21 +76,24 @@ def _train(config: Config) -> int:
 def _dry_run(config: Config, world_size: int | None) -> int:
     from megatron_amd.training.plan import describe_plan
 
-    text = describe_plan(config, world_size)
-    if _speaks():
-        print(text)
+    _say(describe_plan(config, world_size))
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"command line: {message}; --help shows what there is")
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="megatron_amd.train", add_help=False, exit_on_error=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--world-size", type=int)
     parser.add_argument("overrides", nargs="*")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # options may stand between overrides
 
 
 def _help_text() -> str:
@@ -109,13 +120,18 @@ def _help_text() -> str:
     return "\n".join(lines)
 
 
-def _speaks() -> bool:
-    """Whether this process is the one that prints: the first rank, or a process without torchrun."""
-    return os.environ.get("RANK", "0") == "0"
+def _is_first(variable: str) -> bool:
+    """Whether this process is number 0 by torchrun's RANK (of all) or LOCAL_RANK (on its node), or has no torchrun."""
+    return os.environ.get(variable, "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_first("RANK"):
+        print(text, flush=True)
 
 
 def _warn(text: str) -> None:
-    if _speaks():
+    if _is_first("RANK"):
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import zlib
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from megatron_amd.config import Config, CriticConfig, ModelConfig, OptimConfig, 
 from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import Layout, build_layout
 from megatron_amd.distributed.schedule import backward_without_trunk, forward_backward
+from megatron_amd.models.critic import HeadCritic
 from megatron_amd.models.roles import build_critic, build_model, plan_models
 from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
 
@@ -62,68 +60,62 @@ class TinyRun:
         self.plan = plan_models(config, None)
         student = build_model("student", config, self.plan, self.layout)
         fill(student, self.layout)
-        with _counted_gathers() as self._gathers:
-            self.student = self._optimize(student, self.layout)
+        self.student = self._optimize(student)
         self.critic: Optimization | None = None
-        self.critic_layout: Layout | None = None
         if critic:
-            model, self.critic_layout = build_critic(config, self.plan, self.layout)
-            if model is not None:
-                fill(model, self.layout)
-                self.critic = self._optimize(model, self.critic_layout)
-            else:
-                _join_gathers(self._gathers)
+            model = build_critic(config, self.plan, self.layout)
+            fill(model, self.layout)
+            self.critic = self._optimize(model)
 
-    def _optimize(self, model: Any, layout: Layout) -> Optimization:
-        wrapped = wrap_for_training(model, layout, {})
-        model.config.no_sync_func = wrapped.no_sync
-        return build_optimization(wrapped, self.config.training.optim, layout, 20, "training.optim")
+    def _optimize(self, model: Any) -> Optimization:
+        wrapped = wrap_for_training(model, self.layout, {})
+        return build_optimization(wrapped, self.config.training.optim, self.layout, 20, "training.optim")
 
     def train(self, steps: int) -> list[tuple[float, float, float]]:
         """(loss, gradient norm, learning rate) of each role's steps on this rank."""
         return [record for _ in range(steps) for record in self._step()]
 
     def _step(self) -> list[tuple[float, float, float]]:
-        trunk = self.config.critic.features == "own"
-        group = self.layout.groups.tp
         tokens = torch.randint(0, 300, (4, 6))
         states = torch.randn(4, 32).to(next(self.student.model.parameters()).dtype)
         rollouts = Rollouts(tokens, torch.tensor([2, 1, 3, 2]), torch.tensor([6, 5, 6, 4]))
         batches = make_microbatches(rollouts, on_policy=False, size=2, width=6)
-        head = self.student.model.module.head_weight
-        records = [self._move(self.student, self.layout, batches, lambda hidden: head_loss(hidden, head(), group))]
+        student = self.student.model.module
+        records = [self._move(self.student, batches, lambda hidden: self._loss(hidden, [student.head_weight()]))]
         if self.critic is not None:
-            assert self.critic_layout is not None
             critic = self.critic.model.module
 
             def critic_loss(hidden: Tensor | None) -> Tensor:
-                weights = [w for on in (False, True) for w in critic.head_weights(on).values()]
-                inputs = states if hidden is None else hidden
-                return torch.stack([head_loss(inputs, weight, group) for weight in weights]).sum()
+                weights = [weight for on in (False, True) for weight in critic.head_weights(on).values()]
+                return self._loss(states if hidden is None else hidden, weights)
 
-            records.append(self._move(self.critic, self.critic_layout, batches, critic_loss, trunk=trunk))
+            records.append(self._move(self.critic, batches, critic_loss))
         return records
 
-    def _move(
-        self, role: Optimization, layout: Layout, batches: list[MicroBatch], loss: Any, *, trunk: bool = True
-    ) -> tuple[float, float, float]:
+    def _move(self, role: Optimization, batches: list[MicroBatch], loss: Any) -> tuple[float, float, float]:
         def function(index: int, hidden: Any) -> tuple[Tensor, Tensor]:
             value = loss(hidden)
             return value, value.detach()
 
         role.zero_grad()
-        if trunk:
-            kept = forward_backward(role.model, batches, layout, function)
+        if isinstance(role.model.module, HeadCritic):
+            kept = backward_without_trunk(role.model, len(batches), self.layout, function)
         else:
-            kept = backward_without_trunk(role.model, len(batches), layout, function)
+            kept = forward_backward(role.model, batches, self.layout, function)
         step = role.step()
         assert step.applied
-        return float(sum(kept or [torch.zeros(())])), step.grad_norm, step.learning_rate
+        learning_rate = step.learning_rate if role.has_parameters else 0.0  # else nobody's
+        return float(sum(kept or [torch.zeros(())])), step.grad_norm, learning_rate
+
+    def _loss(self, states: Tensor, weights: list[Tensor]) -> Tensor:
+        """Some loss whose gradient reaches states and heads."""
+        states = copy_to_tensor_model_parallel_region(states, self.layout.groups.tp).float()
+        return torch.stack([((states @ w.float().t()).tanh() - 0.3).square().mean() for w in weights]).sum()
 
     def roles(self) -> dict[str, store.RoleState | None]:
         roles = {"student": store.RoleState.of(self.student, self.layout)}
-        if self.critic_layout is not None:
-            roles["critic"] = store.RoleState.of(self.critic, self.critic_layout)
+        if self.critic is not None:
+            roles["critic"] = store.RoleState.of(self.critic if self.critic.has_parameters else None, self.layout)
         return roles
 
     def fingerprint(self) -> dict[str, Any]:
@@ -149,7 +141,7 @@ class TinyRun:
         """Everything that a step changes on this rank: parameters, fp32 main parameters, moments, steps, rates."""
         tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
         for name, role in (("student", self.student), ("critic", self.critic)):
-            if role is None:
+            if role is None or not role.has_parameters:
                 continue
             for key, parameter in role.model.named_parameters():
                 tensors[f"{name}.{key}"] = parameter.detach().clone()
@@ -177,39 +169,6 @@ def fill(model: torch.nn.Module, layout: Layout) -> None:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.dim() == 1))
 
 
-def head_loss(states: Tensor, weight: Tensor, tp_group: dist.ProcessGroup) -> Tensor:
-    """Some loss whose gradient reaches states and head."""
-    states = copy_to_tensor_model_parallel_region(states, tp_group)
-    return ((states.float() @ weight.float().t()).tanh() - 0.3).square().mean()
-
-
-@contextlib.contextmanager
-def _counted_gathers() -> Iterator[list[int]]:
-    """Count the gathers over all ranks that Megatron-Core makes while it builds an optimizer."""
-    gather, calls = dist.all_gather_object, []
-
-    def counting(*args: Any, **kwargs: Any) -> None:
-        calls.append(1)
-        gather(*args, **kwargs)
-
-    dist.all_gather_object = counting
-    try:
-        yield calls
-    finally:
-        dist.all_gather_object = gather
-
-
-def _join_gathers(calls: list[int]) -> None:
-    """The same gathers on a rank that has no model to optimize."""
-    for _ in calls:
-        dist.all_gather_object([None] * dist.get_world_size(), [])
-
-
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """Names of the tensors that are not equal bit for bit."""
     return sorted(key for key in a.keys() | b.keys() if key not in a or key not in b or not torch.equal(a[key], b[key]))
-
-
-def with_layout(config: Config, tensor: int, pipeline: int) -> Config:
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    return replace(config, parallel=parallel)

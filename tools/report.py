@@ -216,7 +216,7 @@ def sections(run: Run) -> dict[str, list[Chart]]:
         "Cost": [
             Chart("Time of an iteration", "seconds", _time_series(run), stacked=True),
             one("throughput/tokens_per_second", "Speed", "response tokens per second"),
-            one("memory/peak_gib", "Peak memory", "GiB on one rank", smoothed=False),
+            one("memory/peak_gib", "Peak memory", "GiB, worst rank", smoothed=False),
         ],
     }
     if not any(np.nansum(series.values) for series in not_taken):
@@ -351,7 +351,7 @@ def _tiles(run: Run) -> str:
         tiles.append((f"{np.nanmedian(speed):,.0f}", "tokens per second", "median"))
     memory = run.metric("memory/peak_gib")
     if np.isfinite(memory).any():
-        tiles.append((f"{np.nanmax(memory):.2f} GiB", "peak memory", "one rank"))
+        tiles.append((f"{np.nanmax(memory):.2f} GiB", "peak memory", "worst rank"))
     cells = "".join(
         f'<div class="tile"><b>{value}</b><span>{name}{f"<i>{note}</i>" if note else ""}</span></div>'
         for value, name, note in tiles

@@ -67,6 +67,16 @@ def load_hf_weights(
             parameter.copy_(shard)
 
 
+def check_hf_weights(
+    source: str | Path, architecture: Architecture, *, layers: tuple[int, ...] | None = None, where: str = "path"
+) -> None:
+    """Raise what `load_hf_weights` would raise for a folder or hub name, from the heads of its files alone."""
+    with WeightFiles(source, where) as files:
+        for weight in model_weights(architecture, layers).values():
+            for name, shape in weight.tensor_shapes().items():
+                files.check(name, shape)
+
+
 def read_head(
     source: str | Path,
     architecture: Architecture,
@@ -147,17 +157,27 @@ class WeightFiles:
 
     def read(self, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> Tensor:
         """A slice of the tensor `name`, whose whole shape must be `shape`."""
-        file, name = self._find(name)
+        file, tensor = self._tensor(name, shape)
         try:
-            tensor = self._open(file).get_slice(name)
-            found = tuple(tensor.get_shape())
-            if found != shape:
-                raise InputError(
-                    f"{file}: tensor {name} has shape {list(found)}, but config.json makes it {list(shape)}"
-                )
             return tensor[slices]
         except (SafetensorError, OSError) as error:
             raise _corrupt(file, error) from error
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise unless there is a tensor `name` of this shape."""
+        self._tensor(name, shape)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> tuple[Path, Any]:
+        """The file that holds a tensor, and the tensor, not yet read."""
+        file, name = self._find(name)
+        try:
+            tensor = self._open(file).get_slice(name)
+        except (SafetensorError, OSError) as error:
+            raise _corrupt(file, error) from error
+        found = tuple(tensor.get_shape())
+        if found != shape:
+            raise InputError(f"{file}: tensor {name} has shape {list(found)}, but config.json makes it {list(shape)}")
+        return file, tensor
 
     def _find(self, name: str) -> tuple[Path, str]:
         # A folder saved from the model without its LM head has the names without their first part.

@@ -218,10 +218,10 @@ def load_weights(path: str | Path, role: str, model: torch.nn.Module, layout: La
         state = read_state(path)
         _check_role(path, state, role)
         _check_files(path, {name: kept for name, kept in state["files"].items() if name.startswith(f"{role}/")})
-    model = _unwrapped(model)
+    stage = _unwrapped(model)
     content = {**_CONTENT, "dp_cp_group": layout.groups.dp_cp}
-    loaded = _read({"model": model.sharded_state_dict(metadata=content)}, path / role)
-    model.load_state_dict(loaded["model"])
+    loaded = _read({"model": stage.sharded_state_dict(metadata=content)}, path / role)
+    stage.load_state_dict(loaded["model"])
 
 
 # Saving

@@ -91,7 +91,7 @@ def agreed() -> Iterator[None]:
     Wraps work in which one rank may fail alone, such as reading or writing files. Collective on exit.
 
     Raises:
-        InputError: the message of the lowest rank that failed.
+        InputError: the message of the lowest rank that failed, `on_all_ranks`.
     """
     message = None
     try:
@@ -106,4 +106,6 @@ def agreed() -> Iterator[None]:
         dist.all_gather_object(messages, message)
     for text in messages:
         if text is not None:
-            raise InputError(text)
+            shared = InputError(text)
+            shared.on_all_ranks = True
+            raise shared

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -41,12 +41,12 @@ def forward_states(model: torch.nn.Module, microbatches: Sequence[MicroBatch], l
 
 
 def forward_backward(
-    model: torch.nn.Module, microbatches: Sequence[MicroBatch], layout: Layout, loss_function: LossFunction
+    model: DistributedDataParallel, microbatches: Sequence[MicroBatch], layout: Layout, loss_function: LossFunction
 ) -> list[Any] | None:
     """Accumulate the gradient of the sum of the losses over micro-batches and data-parallel ranks.
 
-    `model` is wrapped in Megatron-Core's DistributedDataParallel; its gradient buffers must be zero. On return they
-    hold the finished gradient (each rank its shard with the distributed optimizer).
+    The model's gradient buffers must be zero. On return they hold the finished gradient (each rank its shard with the
+    distributed optimizer).
 
     Returns:
         On the last stage what `loss_function` gave to keep, for each micro-batch; elsewhere None.
@@ -62,7 +62,7 @@ def forward_backward(
 
 
 def backward_without_trunk(
-    model: torch.nn.Module,
+    model: DistributedDataParallel,
     num_microbatches: int,
     layout: Layout,
     loss_function: Callable[[int, None], tuple[Tensor, Any]],

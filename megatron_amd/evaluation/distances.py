@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class HeldOut:
         decode: token ids -> text.
     """
 
-    def __init__(self, prompts: Prompts, eos_ids: tuple[int, ...], decode: Any) -> None:
+    def __init__(self, prompts: Prompts, eos_ids: tuple[int, ...], decode: Callable[[Sequence[int]], str]) -> None:
         self._prompts = prompts
         self._eos_ids = eos_ids
         self._decode = decode

@@ -158,7 +158,6 @@ class Architecture:
             "gated_linear_unit": self.gated,
             "add_bias_linear": self.mlp_bias,
             "add_qkv_bias": self.qkv_bias,
-            "bias_activation_fusion": False,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
         }

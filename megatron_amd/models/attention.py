@@ -89,7 +89,7 @@ class CoreAttention(MegatronModule):
             key: [sk, b, ng, hn].
             value: [sk, b, ng, hn].
             attention_mask: bool, broadcastable to [b, np, sq, sk], True where attention is forbidden (Megatron's
-                convention). Read only when the mask type is `padding` or `arbitrary`.
+                convention). Read only when attention is not causal.
             attn_mask_type: overrides the module's own mask type.
             attention_bias: [1 or b, np, sq, sk], added to the scores.
             packed_seq_params: must be None.
@@ -101,7 +101,8 @@ class CoreAttention(MegatronModule):
             raise NotImplementedError("packed sequences are not supported")
         # Heads before positions: [b, np, sq, hn] and [b, ng, sk, hn].
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        # Padding on the right is invisible to causal attention, so the two causal kinds are one.
+        causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
         if self.cache is not None:
             key, value, attention_bias, causal = self.cache.extend(key, value, attention_bias)
         elif not causal and attention_mask is not None:

@@ -67,7 +67,8 @@ class HeadCritic(MegatronModule):
 
     def head_weights(self, on_policy: bool) -> dict[str, Tensor]:
         """{"teacher": [V_local, H_teacher], "student": [V_local, H_student]} (or the first alone) of f_2 or f_1."""
-        return {source: head.weight for source, head in (self.on if on_policy else self.off).items()}
+        heads = self.on if on_policy else self.off
+        return {source: head.weight for source, head in heads.items()}  # type: ignore[misc]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -76,7 +77,7 @@ class HeadCritic(MegatronModule):
         shards: dict[str, Any] = {}
         for name, heads in (("off", self.off), ("on", self.on)):
             for source, head in heads.items():
-                shards |= head.sharded_state_dict(f"{prefix}{name}.{source}.", sharded_offsets, metadata)
+                shards |= head.sharded_state_dict(f"{prefix}{name}.{source}.", sharded_offsets, metadata)  # type: ignore[operator]
         return shards
 
 

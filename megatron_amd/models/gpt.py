@@ -16,13 +16,21 @@ from torch import Tensor
 from megatron_amd.distributed.layout import Layout
 
 # isort: split
+from megatron.core.enums import Fp8Recipe
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_amd.config import TrainingConfig
+from megatron_amd.data.hub import first_line
 from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import Architecture
-from megatron_amd.models.layer_specs import Implementation, block_spec
+from megatron_amd.models.layer_specs import FP8_DEFAULTS, Implementation, block_spec
+
+_NOT_SUPPORTED = (
+    "context_parallel_size", "expert_model_parallel_size", "num_moe_experts", "virtual_pipeline_model_parallel_size",
+    "fp8_param", "fp8_dot_product_attention", "fp8_multi_head_attention",
+)  # fmt: skip
+_CHOICES = {"fp8": ("e4m3", "hybrid"), "fp8_recipe": tuple(recipe.value for recipe in Fp8Recipe)}
 
 
 class CausalLM(GPTModel):
@@ -74,11 +82,11 @@ def transformer_config(
     """A TransformerConfig of a role's own: schedules read the role's gradient hooks from it.
 
     Raises:
-        InputError: `extra` (a role's `transformer` settings) names a field that does not exist, or Megatron-Core
-            refuses the combination.
+        InputError: `extra` (a role's `transformer` settings) or `training.fp8` names a field that does not exist or is
+            not theirs to set, or Megatron-Core refuses the combination.
     """
     half = training.precision != "fp32"
-    settings: dict[str, Any] = {
+    fixed: dict[str, Any] = {
         **architecture.transformer_config_fields(),
         "tensor_model_parallel_size": layout.tp_size,
         "pipeline_model_parallel_size": layout.pp_size,
@@ -86,6 +94,8 @@ def transformer_config(
         "params_dtype": torch.bfloat16 if half else torch.float32,
         "pipeline_dtype": torch.bfloat16 if half else torch.float32,
         "bf16": half,
+    }
+    settings: dict[str, Any] = {
         # Weights come from a folder or from `initialize_weights`, but Megatron-Core marks tensor-parallel parameters
         # only where it initialises them.
         "init_method": leave,
@@ -93,24 +103,38 @@ def transformer_config(
         "embedding_init_method": leave,
         "calculate_per_token_loss": True,  # gradients are sums; the losses carry their normalisation
         "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "deallocate_pipeline_outputs": True,
     }
+    _check_extra(extra, fixed, f"{where}.transformer")
+    _check_extra(training.fp8, fixed, "training.fp8")
     if training.precision == "fp8":
-        settings |= {"fp8": "hybrid", "fp8_recipe": "tensorwise", **training.fp8}
-    known = set(TransformerConfig.__dataclass_fields__)
-    for name in extra:
-        if name not in known:
-            raise InputError(f"{where}.transformer.{name}: Megatron-Core's TransformerConfig has no such field")
-    for name in ("hidden_dropout", "attention_dropout"):
-        if extra.get(name):
-            raise InputError(f"{where}.transformer.{name}: must be 0; distances between models need fixed models")
+        settings |= FP8_DEFAULTS | training.fp8
     try:
-        return TransformerConfig(**{**settings, **extra})
+        return TransformerConfig(**{**fixed, **settings, **extra})
     except (AssertionError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: Megatron-Core refuses this model: {error}") from error
+        raise InputError(f"{where}: Megatron-Core refuses this model: {first_line(error)}") from error
+
+
+def _check_extra(extra: dict[str, Any], fixed: dict[str, Any], where: str) -> None:
+    """Raise InputError for fields that do not exist, that are not supported, or that other settings decide."""
+    known = TransformerConfig.__dataclass_fields__
+    for name, value in extra.items():
+        if name not in known:
+            raise InputError(f"{where}.{name}: Megatron-Core's TransformerConfig has no such field")
+        if name in ("hidden_dropout", "attention_dropout") and value:
+            raise InputError(f"{where}.{name}: must be 0; distances between models need fixed models")
+        if name in _NOT_SUPPORTED and value != known[name].default:
+            raise InputError(f"{where}.{name}: is not supported yet; leave it out")
+        if value is not None and value not in _CHOICES.get(name, (value,)):
+            raise InputError(f"{where}.{name}: must be {' or '.join(_CHOICES[name])}, not {value}")
+        if name in fixed and value != fixed[name]:
+            raise InputError(
+                f"{where}.{name}: is decided by the model's config.json, parallel.* and training.precision; leave it out"
+            )
 
 
 def leave(weight: Tensor) -> Tensor:
@@ -174,7 +198,7 @@ def fill_parameter(
         std /= math.sqrt(2 * config.num_layers)
     size, rank = tp_group.size(), tp_group.rank()
     sharded = getattr(parameter, "tensor_model_parallel", False) and size > 1
-    dim = parameter.partition_dim if sharded else 0
+    dim = getattr(parameter, "partition_dim", 0) if sharded else 0
     shape = list(parameter.shape)
     if sharded:
         shape[dim] *= size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, Literal
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from megatron_amd import distributed  # noqa: F401  (before megatron.core: prepares torch and keeps imports quiet)
 
 # isort: split
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -17,24 +17,33 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_amd.config import TrainingConfig
+from megatron_amd.data.hub import first_line
 from megatron_amd.errors import InputError
 from megatron_amd.models.attention import CoreAttention
 
 Implementation = Literal["local", "transformer_engine"]
 
+FP8_DEFAULTS = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+"""FP8 fields of Megatron-Core's TransformerConfig that `training.fp8` may override. hybrid: E4M3 forward, E5M2
+backward; tensorwise: each tensor scaled by its own largest value, so that a result does not depend on earlier ones."""
+
 
 class SequenceParallelNorm:
-    """torch's RMSNorm or LayerNorm whose parameters Megatron-Core knows to be shared along a split sequence.
+    """torch's RMSNorm or LayerNorm, with parameters that Megatron-Core knows to be shared along a split sequence.
 
     Megatron-Core's own wrapper of the torch norms refuses sequence parallelism, although all it takes is this mark:
-    each rank sees part of the tokens, and the gradients are summed over the tensor-parallel group.
+    each rank sees part of the tokens, and the gradients are summed over the tensor-parallel group. A class and no
+    function, because its specs build classes only.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> torch.nn.Module:
         norms = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
         norm = norms[config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
 
 
@@ -44,20 +53,46 @@ def choose_implementation(setting: Literal["auto", "local", "transformer_engine"
     Raises:
         InputError: Transformer Engine is asked for, or needed for FP8, and cannot be used here.
     """
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    usable = installed and torch.cuda.is_available()
-    if setting == "transformer_engine" and not usable:
+    problem = None if setting == "local" else _transformer_engine_problem()
+    if setting == "transformer_engine" and problem:
         raise InputError(
-            "training.transformer_impl: transformer_engine needs a GPU and `pip install transformer-engine[pytorch]`; "
-            "use auto or local"
+            f"training.transformer_impl: transformer_engine cannot be used: {problem}; it needs a GPU and `pip install "
+            "transformer-engine[pytorch]`; use auto or local"
         )
-    implementation: Implementation = "transformer_engine" if usable and setting != "local" else "local"
-    if precision == "fp8" and implementation == "local":
-        raise InputError(
-            "training.precision: fp8 needs Transformer Engine and a GPU of compute capability 8.9 or newer, and "
-            "transformer_impl auto or transformer_engine; use bf16"
-        )
+    implementation: Implementation = "local" if setting == "local" or problem else "transformer_engine"
+    if precision == "fp8":
+        reason = problem or _fp8_problem(setting)
+        if reason:
+            raise InputError(
+                f"training.precision: fp8 cannot be used: {reason}; it needs Transformer Engine and a GPU of compute "
+                "capability 8.9 or newer; use bf16"
+            )
     return implementation
+
+
+def _transformer_engine_problem() -> str | None:
+    """Why Transformer Engine cannot be used here, if so."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # not installed, or built for other libraries
+        return f"it cannot be imported ({first_line(error)})"
+    return None
+
+
+def _fp8_problem(setting: str) -> str | None:
+    if setting == "local":
+        return "training.transformer_impl is local"
+    major, minor = torch.cuda.get_device_capability()
+    return None if (major, minor) >= (8, 9) else f"this GPU's compute capability is {major}.{minor}"
+
+
+def fp8_multiple(training: TrainingConfig) -> int:
+    """What every dimension of an FP8 matrix product must be a multiple of; 1 in other precisions."""
+    if training.precision != "fp8":
+        return 1
+    return get_fp8_align_size((FP8_DEFAULTS | training.fp8)["fp8_recipe"])
 
 
 def block_spec(config: TransformerConfig, implementation: Implementation, pp_rank: int) -> TransformerBlockSubmodules:

@@ -14,7 +14,10 @@ from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import Architecture, load_architecture
 from megatron_amd.models.critic import HeadCritic, TrunkCritic
 from megatron_amd.models.gpt import CausalLM, build_gpt, transformer_config
-from megatron_amd.models.layer_specs import Implementation, choose_implementation
+from megatron_amd.models.layer_specs import Implementation, choose_implementation, fp8_multiple
+
+# isort: split
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 VOCABULARY_MULTIPLE = 128
 """Embeddings are padded to a multiple of this times TP, so that shards stay aligned."""
@@ -57,6 +60,7 @@ def plan_models(config: Config, vocab_size: int | None) -> ModelPlan:
     smallest = min(model.vocab_size for model in models.values())
     for where, model in models.items():
         model.check_layout(tensor, pipeline, where)
+        _check_fp8_sizes(model, tensor, fp8_multiple(config.training), where)
         if vocab_size is not None and vocab_size > model.vocab_size:
             raise InputError(
                 f"{where}: its embedding has {model.vocab_size} rows, fewer than the tokenizer's {vocab_size} tokens; "
@@ -95,17 +99,47 @@ def _critic_trunk(config: Config, student: Architecture, teacher: Architecture) 
     return replace(trunk, tied=False)
 
 
+def _check_fp8_sizes(model: Architecture, tensor: int, multiple: int, where: str) -> None:
+    """Raise InputError unless every dimension of the layers' matrices on one rank suits FP8 products."""
+    for what, size in (
+        ("hidden size", model.hidden_size),
+        ("query columns", model.num_attention_heads * model.head_dim // tensor),
+        (
+            "query, key and value columns",
+            (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim // tensor,
+        ),
+        ("MLP columns", model.ffn_hidden_size // tensor),
+    ):
+        if size % multiple:
+            raise InputError(
+                f"{where}: its {size} {what} on one rank are not a multiple of {multiple}, which training.precision: "
+                "fp8 needs; use bf16 or another parallel.tensor_model_parallel_size"
+            )
+
+
+def role_transformer_config(role: str, config: Config, plan: ModelPlan, layout: Layout) -> TransformerConfig:
+    """Megatron-Core's settings of `student`, `teacher` or `critic`, a new object at each call.
+
+    Raises:
+        InputError: the role's `transformer` settings or training.fp8 do not fit.
+    """
+    choices: dict[str, tuple[Architecture, dict[str, Any]]] = {
+        "student": (plan.student, config.student.transformer),
+        "teacher": (plan.teacher, config.teacher.transformer),
+        "critic": (plan.critic_trunk or plan.student, config.critic.model.transformer if plan.critic_trunk else {}),
+    }
+    architecture, extra = choices[role]
+    return transformer_config(architecture, config.training, layout, extra, role)
+
+
 def build_model(
     role: str, config: Config, plan: ModelPlan, layout: Layout, *, model_class: type[CausalLM] = CausalLM
 ) -> CausalLM:
     """This rank's stage of `student`, `teacher` or `critic`, allocated and not yet filled."""
-    choices: dict[str, tuple[Any, ModelConfig]] = {
-        "student": (plan.student, config.student),
-        "teacher": (plan.teacher, config.teacher),
-        "critic": (plan.critic_trunk, config.critic.model),
-    }
-    architecture, settings = choices[role]
-    transformer = transformer_config(architecture, config.training, layout, settings.transformer, role)
+    architectures = {"student": plan.student, "teacher": plan.teacher, "critic": plan.critic_trunk}
+    architecture = architectures[role]
+    assert architecture is not None
+    transformer = role_transformer_config(role, config, plan, layout)
     model = build_gpt(
         architecture, transformer, layout, plan.implementation, plan.padded_vocab_size, model_class=model_class
     )
@@ -121,5 +155,5 @@ def build_critic(config: Config, plan: ModelPlan, layout: Layout) -> TrunkCritic
     widths = {"teacher": plan.teacher.hidden_size}
     if config.critic.features == "pair":
         widths["student"] = plan.student.hidden_size
-    transformer = transformer_config(plan.student, config.training, layout, {}, "critic")
+    transformer = role_transformer_config("critic", config, plan, layout)
     return HeadCritic(transformer, widths, plan.padded_vocab_size, layout)

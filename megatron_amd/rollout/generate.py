@@ -178,8 +178,8 @@ def generate_chunk(
 ) -> list[list[int]]:
     """Responses to the prompts numbered `rows`, generated together."""
     device, count = layout.device, len(rows)
-    if model.config.fp8:
-        rows = [*rows, *[rows[-1]] * (-count % _FP8_ROWS)]
+    multiple = row_multiple(model)
+    rows = [*rows, *[rows[-1]] * (-count % multiple)]
     lengths = torch.tensor([len(prompts.tokens[row]) for row in rows], device=device)
     width = max(len(prompts.tokens[row]) for row in rows)
     noise = token_noise(prompts, sample_index, rows, sampling, device)
@@ -201,7 +201,7 @@ def generate_chunk(
             if running == 0 or step + 1 == sampling.max_response_length:
                 break
             if running < len(finished):
-                kept = cache.keep(rows_to_keep(finished, bool(model.config.fp8)))
+                kept = cache.keep(rows_to_keep(finished, multiple))
                 numbers, finished, lengths, tokens = numbers[kept], finished[kept], lengths[kept], tokens[kept]
             positions = (lengths + step)[:, None]
             cache.step(positions, width + step + 1)
@@ -224,12 +224,16 @@ def token_noise(
     return uniform(sampling.seed, column(prompts.ids), column(sample_index), column(prompts.visits), steps)
 
 
-def rows_to_keep(finished: Tensor, fp8: bool) -> Tensor:
-    """bool [b]: the unfinished rows, and finished ones as fillers where FP8 wants a certain multiple."""
+def row_multiple(model: CausalLM) -> int:
+    """What the number of rows generated together must be a multiple of."""
+    return _FP8_ROWS if model.config.fp8 else 1
+
+
+def rows_to_keep(finished: Tensor, multiple: int) -> Tensor:
+    """bool [b]: the unfinished rows, and as many finished ones as fill them up to a multiple."""
     keep = ~finished
-    if fp8:
-        fillers = torch.nonzero(finished).flatten()[: int(-keep.sum() % _FP8_ROWS)]
-        keep[fillers] = True
+    fillers = torch.nonzero(finished).flatten()[: int(-keep.sum() % multiple)]
+    keep[fillers] = True
     return keep
 
 

@@ -12,6 +12,7 @@ from megatron_amd.batch import Batch, MicroBatch, Prompts, Rollouts, make_microb
 from megatron_amd.config import Config
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.distributed.schedule import forward_states
+from megatron_amd.models.layer_specs import fp8_multiple
 from megatron_amd.objectives.moments import discount_weights
 from megatron_amd.rollout.generate import generate
 from megatron_amd.training.steps import Players
@@ -113,10 +114,8 @@ def response_metrics(rollouts: Mapping[bool, Rollouts], eos_ids: tuple[int, ...]
 
 
 def _padded_width(width: int, config: Config, layout: Layout) -> int:
-    """Sequence parallelism splits S over TP ranks; FP8 products want multiples of 16 tokens on each."""
-    multiple = layout.tp_size if layout.sequence_parallel else 1
-    if config.training.precision == "fp8":
-        multiple *= 16
+    """Sequence parallelism splits S over TP ranks; FP8 products want a certain multiple of tokens on each."""
+    multiple = fp8_multiple(config.training) * (layout.tp_size if layout.sequence_parallel else 1)
     return -(-width // multiple) * multiple
 
 

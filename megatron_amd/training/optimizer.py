@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_amd.config import OptimConfig
+from megatron_amd.data.hub import first_line
 from megatron_amd.distributed.layout import Layout
 
 # isort: split
@@ -75,13 +76,11 @@ def wrap_for_training(model: MegatronModule, layout: Layout, extra: dict[str, An
     """Give a model Megatron-Core's gradient buffers: fp32, summed over DP, each rank keeping its shard.
 
     Raises:
-        InputError: `extra` (training.ddp) names a field that does not exist.
+        InputError: as `ddp_config`.
     """
-    _check_fields(extra, DistributedDataParallelConfig, "training.ddp")
-    settings = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **extra}
     wrapped = DistributedDataParallel(
         config=model.config,
-        ddp_config=DistributedDataParallelConfig(**settings),
+        ddp_config=ddp_config(extra),
         module=model,
         pg_collection=layout.groups,
     )
@@ -95,25 +94,16 @@ def build_optimization(
     """AdamW with fp32 main weights over `model`'s current weights, and its schedule over `total_steps`.
 
     Raises:
-        InputError: `optim.optimizer` names a field of OptimizerConfig that does not exist.
+        InputError: as `optimizer_config`.
     """
-    _check_fields(optim.optimizer, OptimizerConfig, f"{where}.optimizer")
-    half = model.config.bf16
-    settings: dict[str, Any] = {
-        "optimizer": "adam",
-        "lr": optim.learning_rate,
-        "min_lr": optim.min_learning_rate,
-        "weight_decay": optim.weight_decay,
-        "adam_beta1": optim.adam_betas[0],
-        "adam_beta2": optim.adam_betas[1],
-        "adam_eps": optim.adam_eps,
-        "clip_grad": optim.clip_grad,
-        "bf16": half,
-        "params_dtype": torch.bfloat16 if half else torch.float32,
-        "use_distributed_optimizer": model.ddp_config.use_distributed_optimizer,
-    }
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(**{**settings, **optim.optimizer}),
+        optimizer_config(
+            optim,
+            where,
+            bf16=model.config.bf16,
+            params_dtype=torch.bfloat16 if model.config.bf16 else torch.float32,
+            use_distributed_optimizer=model.ddp_config.use_distributed_optimizer,
+        ),
         [model],
         use_gloo_process_groups=False,
         pg_collection=layout.groups,
@@ -124,7 +114,7 @@ def build_optimization(
         init_lr=0.0,
         max_lr=optim.learning_rate,
         min_lr=optim.min_learning_rate,
-        lr_warmup_steps=min(optim.warmup_steps, max(decay_steps, 1)),
+        lr_warmup_steps=min(optim.warmup_steps, decay_steps),
         lr_decay_steps=decay_steps + 1,  # the end of the decay falls after the last step, which still moves
         lr_decay_style=optim.decay,
         start_wd=optim.weight_decay,
@@ -136,7 +126,40 @@ def build_optimization(
     return Optimization(model=model, optimizer=optimizer, scheduler=scheduler)
 
 
-def _check_fields(settings: dict[str, Any], cls: type, where: str) -> None:
+def ddp_config(extra: dict[str, Any]) -> DistributedDataParallelConfig:
+    """Megatron-Core's settings of the gradient buffers.
+
+    Raises:
+        InputError: `extra` (training.ddp) names a field that does not exist, or Megatron-Core refuses it.
+    """
+    settings = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **extra}
+    return _build(DistributedDataParallelConfig, settings, "training.ddp")
+
+
+def optimizer_config(optim: OptimConfig, where: str, **model_settings: Any) -> OptimizerConfig:
+    """Megatron-Core's settings of one role's optimizer.
+
+    Raises:
+        InputError: `optim.optimizer` names a field that does not exist, or Megatron-Core refuses it.
+    """
+    settings: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": optim.learning_rate,
+        "min_lr": optim.min_learning_rate,
+        "weight_decay": optim.weight_decay,
+        "adam_beta1": optim.adam_betas[0],
+        "adam_beta2": optim.adam_betas[1],
+        "adam_eps": optim.adam_eps,
+        "clip_grad": optim.clip_grad,
+    }
+    return _build(OptimizerConfig, {**settings, **model_settings, **optim.optimizer}, f"{where}.optimizer")
+
+
+def _build(cls: Any, settings: dict[str, Any], where: str) -> Any:
     for name in settings:
-        if name not in cls.__dataclass_fields__:  # type: ignore[attr-defined]
+        if name not in cls.__dataclass_fields__:
             raise InputError(f"{where}.{name}: Megatron-Core's {cls.__name__} has no such field")
+    try:
+        return cls(**settings)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: Megatron-Core refuses these settings: {first_line(error)}") from error

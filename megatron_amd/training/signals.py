@@ -13,7 +13,11 @@ from megatron_amd.distributed.layout import Layout
 
 
 class StopSignals:
-    """Remembers a signal that arrives while the context is open; a second one ends the process at once."""
+    """Remembers a signal that arrives while the context is open.
+
+    A second SIGINT ends the process at once: somebody does not want to wait. Further SIGTERMs change nothing, since
+    one request may come more than once: Slurm signals every process of a job, and torchrun passes its own on.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._device = layout.device
@@ -40,4 +44,4 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        signal.signal(number, self._previous[number])
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # not Python's handler, which a waiting collective would hold up

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron_amd.batch import Batch
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.objectives.fused_head import TokenStatistics
+from megatron_amd.training.metrics import peak_memory_gib
 
 _MEANS = ("kl", "rkl", "tv", "js", "entropy_student", "entropy_teacher", "top1_agreement")
 
@@ -70,3 +71,12 @@ def share_sums(values: torch.Tensor, layout: Layout, op: dist.ReduceOp.RedOpType
     dist.all_reduce(on_device, op=op, group=layout.groups.dp)
     dist.broadcast(on_device, src=layout.last_stage_rank, group=layout.groups.pp)
     values.copy_(on_device)
+
+
+def memory_metrics(layout: Layout) -> dict[str, float]:
+    """Peak memory of the worst rank and of all ranks together. Collective."""
+    peak = torch.tensor([peak_memory_gib()], dtype=torch.float64, device=layout.device)
+    total = peak.clone()
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    dist.all_reduce(total)
+    return {"memory/peak_gib": peak.item(), "memory/total_gib": total.item()}

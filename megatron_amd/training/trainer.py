@@ -19,9 +19,10 @@ from megatron_amd.models.roles import ModelPlan, build_critic
 from megatron_amd.training.collect import OFF, ON, make_batch, off_policy_responses, response_metrics, student_responses
 from megatron_amd.training.first_weights import fill_critic
 from megatron_amd.training.journal import Journal
-from megatron_amd.training.metrics import Timers, peak_memory_gib
+from megatron_amd.training.metrics import Timers
 from megatron_amd.training.optimizer import build_optimization, wrap_for_training
 from megatron_amd.training.signals import StopSignals
+from megatron_amd.training.statistics import memory_metrics
 from megatron_amd.training.steps import Players, critic_step, measure, student_step
 
 
@@ -225,11 +226,10 @@ class Trainer:
         )
         counts = {
             "throughput/tokens_per_second": tokens / times["time/iteration"],
-            "memory/peak_gib": peak_memory_gib(),
             "train/skipped_student_steps": progress.skipped_student_steps,
             "train/skipped_critic_steps": progress.skipped_critic_steps,
         }
-        self.journal.write(progress.phase, progress.iteration, metrics | times | counts)
+        self.journal.write(progress.phase, progress.iteration, metrics | times | counts | memory_metrics(self.players.layout))
         if progress.iteration == self.phases[progress.phase]:
             return  # the end of a phase has its own evaluation and checkpoint
         if progress.phase == "main" and _is_due(progress.iteration, config.evaluation.interval):

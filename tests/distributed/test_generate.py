@@ -176,7 +176,12 @@ def test_logprobs_equal_those_of_a_full_forward():
 
 def wrapped_and_greedy() -> None:
     model, layout = make_model()
+    modes = []
+    hook = model.decoder.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     bare = run_generate(model, layout, temperature=0.0)
+    hook.remove()
+    assert modes
+    assert not any(modes)
     wrapper = torch.nn.Module()
     wrapper.module = model
     wrapped = run_generate(wrapper, layout, temperature=0.0, seed=SEED + 1)
@@ -190,6 +195,25 @@ def wrapped_and_greedy() -> None:
     never = run_generate(model, layout, eos_ids=())
     assert (never.lengths - never.prompt_lengths == LONGEST).all()
     assert len(run_generate(model, layout, Prompts((), (), ()))) == 0
+
+
+def row_multiples() -> None:
+    """As FP8 needs them: filler rows and rows kept after their end change nothing."""
+    model, layout = make_model()
+    expected = run_generate(model, layout).responses()
+    sizes = []
+    hook = model.decoder.register_forward_hook(lambda _module, _args, output: sizes.append(output.shape[1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_amd.rollout.generate.row_multiple", lambda _model: 3)
+        assert run_generate(model, layout).responses() == expected
+    hook.remove()
+    assert sizes[0] == 9
+    assert len(set(sizes)) > 1
+    assert not any(size % 3 for size in sizes)
+
+
+def test_row_multiples():
+    run_distributed(row_multiples, 1)
 
 
 def test_settings():

@@ -18,15 +18,19 @@ SETTINGS = [
     {"temperature": 1.0, "top_k": 50, "top_p": 1.0},
     {"temperature": 1.0, "top_k": 2000, "top_p": 1.0},
     {"temperature": 1.0, "top_k": 0, "top_p": 0.9},
+    {"temperature": 1.0, "top_k": 0, "top_p": 0.5},
     {"temperature": 1.3, "top_k": 100, "top_p": 0.5},
 ]
 
 
 def make_logits() -> torch.Tensor:
-    """Sharp rows, flat rows (top-p then keeps more than it is first offered) and rows with ties across shards."""
+    """Sharp rows; flat rows, of which top-p keeps more than it is first offered; rows with ties across shards; and
+    rows of which one shard of four holds likelier entries than the others' first offers, beyond its own first offer."""
     logits = torch.randn(ROWS, PADDED, generator=torch.Generator().manual_seed(0)) * 3
     logits[50:100] *= 0.01
     logits[100:150] = logits[100:150].round()
+    logits[150:] *= 0.01
+    logits[150:, : PADDED // 4] += 1.0
     logits[:, VOCAB:] = 50.0
     return logits
 

@@ -192,6 +192,11 @@ def test_ends_of_the_unit_interval_give_tokens_of_nonzero_probability(u):
     assert (tokens == (300 if u < 0.5 else 699)).all()
 
 
+def test_stretches_include_their_beginning():
+    logits = torch.tensor([[0.0, float("-inf"), 0.0]])
+    assert draw(logits, torch.tensor([0.5], dtype=torch.float64)).tolist() == [2]
+
+
 def test_nan_logits_still_give_a_valid_id():
     """A diverged model must be reported by the trainer, not crash in an embedding look-up."""
     logits = torch.full((2, 10), float("nan"))

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Distils SmolLM2-135M-Instruct into 20 of its 30 layers on two CPU ranks: prepare, train, report, summary.
+# `make demo` runs it in an environment of its own. DEMO_DIR (default runs/demo) is where everything goes.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+start=$SECONDS
+directory="${DEMO_DIR:-runs/demo}"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+python tools/prepare_demo.py --output "$directory/inputs"
+rm -rf "$directory/run"
+torchrun --nproc-per-node 2 -m megatron_amd.train --config examples/demo/demo.yaml \
+    "run.directory=$directory/run" \
+    "teacher.path=$directory/inputs/teacher" "student.path=$directory/inputs/teacher" \
+    "data.train=$directory/inputs/train.jsonl" "data.evaluation=$directory/inputs/heldout.jsonl" "$@"
+python tools/report.py "$directory/run"
+python examples/demo/summary.py "$directory/run" --seconds $((SECONDS - start))
