@@ -441,6 +441,7 @@ _AT_LEAST_ONE = (
     "data.max_prompt_length",
     "data.limit",
     "checkpoint.keep",
+    *(f"{section}.optim.decay_steps" for section in ("training", "critic", "warmup")),
 )
 _POSITIVE = ("critic.bound", "parallel.timeout_minutes")
 _NOT_NEGATIVE = (
@@ -476,9 +477,15 @@ def _check_ranges(config: Config) -> None:
             if value is not None and not allowed(value):
                 raise InputError(f"{name}: must be {wanted}, not {value:g}")
     for section in ("training", "critic", "warmup"):
-        betas = operator.attrgetter(f"{section}.optim.adam_betas")(config)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise InputError(f"{section}.optim.adam_betas: must be in [0, 1), not [{betas[0]:g}, {betas[1]:g}]")
+        optim = operator.attrgetter(f"{section}.optim")(config)
+        if not all(0 <= beta < 1 for beta in optim.adam_betas):
+            shown = ", ".join(f"{beta:g}" for beta in optim.adam_betas)
+            raise InputError(f"{section}.optim.adam_betas: must be in [0, 1), not [{shown}]")
+        if optim.min_learning_rate > optim.learning_rate:
+            raise InputError(
+                f"{section}.optim.min_learning_rate: must not exceed learning_rate {optim.learning_rate:g}, but is "
+                f"{optim.min_learning_rate:g}"
+            )
 
 
 def _check_layout(parallel: ParallelConfig) -> None:

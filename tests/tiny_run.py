@@ -50,8 +50,8 @@ def make_files(folder: Path, *, teacher: dict[str, Any] = TEACHER, student: dict
         "student": {"path": str(folder / "student")},
         "critic": {"features": "pair", "optim": {"learning_rate": 1e-3}},
         "data": {
-            "train": str(folder / "train.jsonl"), "evaluation": str(folder / "train.jsonl"), "response_field": "response",
-            "max_prompt_length": 64,
+            "train": str(folder / "train.jsonl"), "evaluation": str(folder / "train.jsonl"),
+            "response_field": "response", "max_prompt_length": 64,
         },
         "rollout": {"max_response_length": 8},
         "training": {

@@ -13,12 +13,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import re
 import shutil
 import warnings
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +23,21 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter
 
 from megatron_amd import __version__
+from megatron_amd.checkpoint.folder import (
+    FORMAT,
+    STATE_FILE,
+    begin,
+    check_files,
+    describe_files,
+    latest,
+    prune,
+    publish,
+    read_state,
+    write,
+)
 from megatron_amd.data.hub import first_line
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
@@ -47,15 +55,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 
 from megatron_amd.errors import InputError
 
-STATE_FILE = "state.json"
-FORMAT = 1
-"""Version of the folder's layout; a newer one is refused."""
+__all__ = ["STATE_FILE", "RoleState", "latest", "load", "load_weights", "read_state", "save"]
 
-_TENSORS = ".distcp"
-"""Suffix of the large files, which torch writes."""
-
-_NAME = re.compile(r"(?P<replaced>\.replaced-)?step-(?P<step>\d{8,})")
-_ADVICE = "restore it from a copy, or remove this checkpoint to use an earlier one"
 _CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -122,11 +123,11 @@ def save(
     try:
         with agreed(), _writing(directory):
             if rank == 0:
-                _begin(directory, partial)
+                begin(directory, partial)
         with agreed(), _writing(directory):
             if not partial.is_dir():
                 raise InputError(f"{directory}: is not the same folder on all ranks; put it where all nodes see it")
-            _write(partial / f"rank_{rank:05d}.pt", _pickled(dict(rank_state)))
+            write(partial / f"rank_{rank:05d}.pt", _pickled(dict(rank_state)))
         layouts = _share_layouts(roles)
         for name, role in roles.items():
             _save_role(partial / name, role, writes_common=rank == layouts[name][0])
@@ -139,47 +140,16 @@ def save(
                     "roles": {name: sizes for name, (_, sizes) in layouts.items()},
                     "fingerprint": dict(fingerprint),
                     **state,
-                    "files": _describe_files(partial),
+                    "files": describe_files(partial),
                 }
-                _write(partial / STATE_FILE, (json.dumps(document, indent=1) + "\n").encode())
-                path = _publish(directory, partial)
-                _prune(directory, path, keep)
+                write(partial / STATE_FILE, (json.dumps(document, indent=1) + "\n").encode())
+                path = publish(directory, partial)
+                prune(directory, path, keep)
     except BaseException:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return directory / f"step-{step:08d}"
-
-
-def latest(directory: str | Path) -> Path | None:
-    """The newest complete checkpoint in a run's checkpoints/, or None. Raises OSError when it cannot be listed."""
-    found = _checkpoints(Path(directory))
-    return found[-1] if found else None
-
-
-def read_state(path: str | Path) -> dict[str, Any]:
-    """What all ranks share: the `state` that was saved, with `step`, `fingerprint`, `roles` and `versions`.
-
-    Reads one small JSON file and nothing else.
-
-    Raises:
-        InputError: `path` is not a checkpoint, or its state.json is damaged.
-    """
-    path = Path(path)
-    file = path / STATE_FILE
-    if not file.is_file():
-        raise InputError(f"{path}: is not a checkpoint: it has no {STATE_FILE}; give a folder checkpoints/step-...")
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: is damaged ({error}); {_ADVICE}") from None
-    kinds = {"format": int, "step": int, "roles": dict, "fingerprint": dict, "files": dict}
-    for key, kind in kinds.items():
-        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
-            raise InputError(f"{file}: is damaged (it has no {key}); {_ADVICE}")
-    if state["format"] > FORMAT:
-        raise InputError(f"{file}: was written by a newer megatron_amd, in format {state['format']}; update this one")
-    return state
 
 
 def load(
@@ -203,8 +173,8 @@ def load(
     rank = dist.get_rank()
     with agreed():
         state = read_state(path)
-        _check_fit(path, state, roles, fingerprint)
-        _check_files(path, state["files"])
+        check_fit(path, state, {name: role.layout if role else None for name, role in roles.items()}, fingerprint)
+        check_files(path, state["files"])
         rank_state = torch.load(path / f"rank_{rank:05d}.pt", map_location="cpu", weights_only=True)
     for name, role in roles.items():
         _load_role(path / name, role)
@@ -217,7 +187,7 @@ def load_weights(path: str | Path, role: str, model: torch.nn.Module, layout: La
     with agreed():
         state = read_state(path)
         _check_role(path, state, role)
-        _check_files(path, {name: kept for name, kept in state["files"].items() if name.startswith(f"{role}/")})
+        check_files(path, {name: kept for name, kept in state["files"].items() if name.startswith(f"{role}/")})
     stage = _unwrapped(model)
     content = {**_CONTENT, "dp_cp_group": layout.groups.dp_cp}
     loaded = _read({"model": stage.sharded_state_dict(metadata=content)}, path / role)
@@ -225,14 +195,6 @@ def load_weights(path: str | Path, role: str, model: torch.nn.Module, layout: La
 
 
 # Saving
-
-
-def _begin(directory: Path, partial: Path) -> None:
-    """An empty folder to write into, and room: what earlier saves left behind goes."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for remains in directory.glob(".tmp-*"):
-        shutil.rmtree(remains)
-    partial.mkdir()
 
 
 def _share_layouts(roles: Mapping[str, RoleState | None]) -> dict[str, tuple[int, dict[str, int]]]:
@@ -258,7 +220,7 @@ def _save_role(folder: Path, role: RoleState | None, *, writes_common: bool) -> 
     sharded, common = save_preprocess(_state_dict(role) if role else {}, validate_access_integrity=False)
     with agreed(), _writing(folder.parent.parent):
         if writes_common:
-            _write(folder / "common.pt", _pickled(common))
+            write(folder / "common.pt", _pickled(common))
             save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -288,66 +250,10 @@ def _fill_optimizer_state(optimizer: Any) -> None:
                 state.setdefault("step", torch.tensor(0.0))
 
 
-def _publish(directory: Path, partial: Path) -> Path:
-    """Give the complete folder its name. Where one of that name exists, there is always one of the two."""
-    path = directory / partial.name.removeprefix(".tmp-")
-    for folder in (partial, *filter(Path.is_dir, partial.iterdir())):
-        _sync(folder)
-    if path.exists():
-        replaced = directory / f".replaced-{path.name}"
-        _remove(replaced)
-        path.rename(replaced)
-    partial.rename(path)
-    _sync(directory)
-    return path
-
-
-def _prune(directory: Path, newest: Path, keep: int) -> None:
-    for replaced in directory.glob(".replaced-*"):
-        _remove(replaced)
-    others = [path for path in _checkpoints(directory) if path != newest]
-    for path in others[: max(0, len(others) - (keep - 1))]:
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Delete a checkpoint; killed half-way, no part of it has a checkpoint's name."""
-    if path.exists():
-        doomed = path.with_name(f".tmp-removed-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def _write(file: Path, content: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _pickled(value: Any) -> bytes:
     buffer = io.BytesIO()  # torch.save to a path reports a full disk as a RuntimeError
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, int]]:
-    """Size of each file, and a checksum of the small ones; torch keeps checksums inside the large ones."""
-    described = {}
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-        description = {"size": file.stat().st_size}
-        if file.suffix != _TENSORS:
-            description["crc32"] = zlib.crc32(file.read_bytes())
-        described[file.relative_to(folder).as_posix()] = description
-    return described
 
 
 def _versions() -> dict[str, str]:
@@ -397,19 +303,27 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 # Loading
 
 
-def _check_fit(
-    path: Path, state: dict[str, Any], roles: Mapping[str, RoleState | None], fingerprint: Mapping[str, Any]
+def check_fit(
+    path: Path, state: dict[str, Any], layouts: Mapping[str, Layout | None], fingerprint: Mapping[str, Any]
 ) -> None:
-    for name in roles:
+    """Raise InputError unless a checkpoint's roles, model and layout are this run's. Reads no tensors.
+
+    Args:
+        path: the checkpoint.
+        state: its `read_state`.
+        layouts: the roles that must be there, each with its layout now; None where this rank has no part of it.
+        fingerprint: as for `load`.
+    """
+    for name in layouts:
         _check_role(path, state, name)
     differences = list(_differences(state["fingerprint"], json.loads(json.dumps(fingerprint)), ""))
     if differences:
         raise InputError(f"{path}: is of another model: {', '.join(differences[:5])}; choose another run.directory")
-    for name, role in roles.items():
-        if role is not None and state["roles"][name] != _layout_sizes(role.layout):
+    for name, layout in layouts.items():
+        if layout is not None and state["roles"][name] != _layout_sizes(layout):
             saved, here = (
                 " x ".join(f"{key} {size}" for key, size in sizes.items())
-                for sizes in (state["roles"][name], _layout_sizes(role.layout))
+                for sizes in (state["roles"][name], _layout_sizes(layout))
             )
             raise InputError(f"{path}: was saved at {saved} ranks and cannot go on at {here}; use the saved layout")
 
@@ -425,40 +339,6 @@ def _differences(saved: Any, expected: Any, where: str) -> Iterator[str]:
             yield from _differences(saved.get(key), expected.get(key), f"{where}.{key}" if where else key)
     elif saved != expected:
         yield f"{where} is {saved}, here {expected}"
-
-
-def _check_files(path: Path, files: Mapping[str, Mapping[str, int]]) -> None:
-    """Raise InputError unless every file is as it was written. The ranks share the reading; call it in `agreed()`."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    for name, saved in files.items():  # first, since the other check reads one file to understand another
-        file = path / name
-        if not file.is_file():
-            raise InputError(f"{file}: is missing; {_ADVICE}")
-        size = file.stat().st_size
-        if size != saved["size"]:
-            raise InputError(f"{file}: is damaged ({size} bytes instead of {saved['size']}); {_ADVICE}")
-        if "crc32" in saved and zlib.crc32(file.read_bytes()) != saved["crc32"]:
-            raise InputError(f"{file}: is damaged; {_ADVICE}")
-    for name in sorted(name for name in files if name.endswith(_TENSORS))[rank::ranks]:
-        if not _tensors_intact(path / name):
-            raise InputError(f"{path / name}: is damaged; {_ADVICE}")
-
-
-def _tensors_intact(file: Path) -> bool:
-    """Whether a file of tensors is as torch wrote it: one zip archive per tensor, with checksums torch never reads."""
-    stored = FileSystemReader(file.parent).read_metadata().storage_data.values()
-    with file.open("rb") as stream:
-        for piece in stored:
-            if piece.relative_path != file.name:
-                continue
-            stream.seek(piece.offset)
-            try:
-                with zipfile.ZipFile(io.BytesIO(stream.read(piece.length))) as archive:
-                    if archive.testzip() is not None:
-                        return False
-            except zipfile.BadZipFile:
-                return False
-    return True
 
 
 def _load_role(folder: Path, role: RoleState | None) -> None:
@@ -502,17 +382,6 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 # Both
-
-
-def _checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found: dict[int, Path] = {}
-    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        # A replaced one counts while its successor has not taken its name; it sorts first.
-        if match and path.is_dir():
-            found[int(match["step"])] = path
-    return [found[step] for step in sorted(found)]
 
 
 def _parts(optimizer: Any) -> list[Any]:

@@ -5,9 +5,14 @@ that imports `megatron.core` imports this package first.
 """
 
 import logging
+import os
 import warnings
 
 from megatron_amd.distributed import cpu
+
+# Kernels then start in the order in which they are queued, on which Megatron-Core's overlap of tensor-parallel
+# communication relies. CUDA reads it once, when it starts.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 cpu.install_where_cuda_is_absent()
 

@@ -1,8 +1,8 @@
 """A world that is not there: process groups without processes and models without memory, for planning a run.
 
 `fake_world` gives this one process the groups of any rank of a world of any size; collectives return at once and
-move nothing. `on_meta` makes whatever is built or computed inside it a meta tensor, which has a shape, a type and
-strides but no data, wherever the code asks for a GPU or CPU tensor. Both undo what they did.
+move nothing. `on_meta` makes whatever is built or computed inside it a meta tensor, which has a shape and a type but
+no data, whichever device the code names. `LiveBytes` counts what such a computation would have allocated.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,20 +27,17 @@ from megatron_amd.distributed.layout import Layout, build_layout
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 META = torch.device("meta")
+_FROM_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
 @contextlib.contextmanager
 def fake_world(config: Config, world_size: int, rank: int) -> Iterator[Layout]:
-    """The layout of `rank` in a world of `world_size` ranks, on the meta device, without any other process.
+    """The layout of `rank` among `world_size` ranks, on the meta device, without any other process.
 
-    `torch.distributed` must not be up; it is not afterwards.
+    `torch.distributed` must not be up; it is not afterwards, and the random state is as before.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # its import makes the backend "fake" known
 
-    def gather_from_nobody(objects: list[Any], mine: Any, group: Any = None) -> None:
-        objects[:] = [mine] * len(objects)
-
-    gather, dist.all_gather_object = dist.all_gather_object, gather_from_nobody
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         layout = build_layout(config.parallel, META)
@@ -50,69 +45,110 @@ def fake_world(config: Config, world_size: int, rank: int) -> Iterator[Layout]:
             set_seeds(config.run.seed, layout)
             yield layout
     finally:
-        dist.all_gather_object = gather
         get_cuda_rng_tracker().reset()
         shutdown()
 
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Make every new tensor a meta tensor, whichever device the code names; collectives on them do nothing."""
-    with _MetaFactories(), _SilentCollectives():
+    """Make every new tensor a meta tensor. Belongs inside a `fake_world`.
+
+    Three functions are replaced until the end: one that cannot gather from nobody, one that names types in a way that
+    Megatron-Core's optimizers do not know, and attention, where PyTorch takes for meta tensors the one kernel that
+    keeps all [S, S] scores and that is taken for no real ones.
+    """
+    named_type: Any = Tensor.type
+
+    def gather_from_nobody(objects: list[Any], mine: Any, group: Any = None) -> None:
+        objects[:] = [mine] * len(objects)
+
+    def type_as_if_real(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = named_type(self, *args, **kwargs)
+        return f"torch.cuda.{name.rpartition('.')[2]}" if isinstance(name, str) else name
+
+    with (
+        _replaced(dist, "all_gather_object", gather_from_nobody),
+        _replaced(Tensor, "type", type_as_if_real),
+        _replaced(F, "scaled_dot_product_attention", _attention_like_a_flash_kernel),
+        _MetaTensors(),
+    ):
         yield
 
 
-class _MetaFactories(TorchFunctionMode):
-    """Sends factories and moves between devices to the meta device, and attention to a kernel that can follow."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._factories = _device_constructors()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in self._factories or kwargs.get("device") is not None:
-            kwargs["device"] = META
-        if func in (Tensor.cuda, Tensor.cpu):
-            return args[0]
-        if func is Tensor.type and len(args) == 1 and not kwargs:  # Megatron-Core's optimizers know CUDA's names
-            return func(*args).replace("meta.", "cuda." if torch.cuda.is_available() else "")
-        if func is Tensor.to:
-            args = tuple(META if isinstance(a, (torch.device, str)) or type(a) is int else a for a in args)
-        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None:
-            # PyTorch's choice on meta tensors is the kernel that keeps the [S, S] scores, which none is chosen for
-            # on a GPU or CPU. This one keeps query, key, value, output and one number a row, as all flash kernels do.
-            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            return attend(*args[:3], is_causal=kwargs.get("is_causal", False), scale=kwargs.get("scale"))[0]
-        return func(*args, **kwargs)
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
-class _SilentCollectives(TorchDispatchMode):
-    """Hands collectives on meta tensors, for which PyTorch has no kernel, to the fake groups as if from a CPU."""
+def _attention_like_a_flash_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Keeps query, key, value, output and one number a row for the backward pass."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return attend(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class _MetaTensors(TorchDispatchMode):
+    """Sends what is made for or moved to any device to the meta device; runs collectives, for which PyTorch has no
+    meta kernel, on the fake groups as if from a CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if func.namespace == "c10d":
-            return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+            return func.redispatch(_FROM_CPU, *args, **kwargs)
+        if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(...)
+            return torch.empty_like(args[0], device=META)
+        if kwargs.get("device") is not None:
+            kwargs["device"] = META
         return func(*args, **kwargs)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors made inside the context that are alive, and the most there ever were.
+    """Counts the bytes of tensors made inside the context that are alive, and the most there ever were.
 
-    Views share their storage and count once. What a tensor's storage holds counts from its making to the end of its
-    last reference, autograd's among them, as a caching allocator would see it.
+    Views share their storage, which counts once, from its making to the end of its last reference, autograd's among
+    them: what an allocator without fragmentation would hold. Kernels' own scratch memory is not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
+        """Bytes alive."""
         self.peak = 0
-        self._known: dict[int, Any] = {}
+        """Most bytes alive at once since `start`."""
+        self._storages: dict[int, weakref.ref] = {}
+
+    def start(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage())
+                self._count(leaf.untyped_storage())
         return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._storages:
+            return
+
+        def forget(_: weakref.ref) -> None:
+            del self._storages[key]
+            self.now -= size
+
+        self._storages[key] = weakref.ref(storage, forget)
+        self.now += size
+        self.peak = max(self.peak, self.now)

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_amd.config import Config
+from megatron_amd.data.hub import first_line
 from megatron_amd.distributed.layout import Layout, build_layout, check_world_size
 from megatron_amd.errors import InputError
 
@@ -39,25 +40,34 @@ def initialize(config: Config) -> Layout:
     world_size = world_size_from_environment()
     check_world_size(config.parallel, world_size)
     check_batch_split(config, world_size)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"parallel: local rank {local_rank} has no GPU; this node shows {torch.cuda.device_count()}; "
-                "lower --nproc-per-node"
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
+    device = _device()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise InputError(
+            f"parallel: the {world_size} ranks did not find each other ({first_line(error)}); see that all nodes reach "
+            "the rendezvous endpoint"
+        ) from error
     layout = build_layout(config.parallel, device)
     set_seeds(config.run.seed, layout)
     return layout
+
+
+def _device() -> torch.device:
+    """This rank's GPU, made the current one; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus:  # a fact that every rank of the node finds, so that none waits for one that has left
+        raise InputError(f"parallel: {ranks} ranks on this node, but {gpus} GPU(s); lower --nproc-per-node")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def set_seeds(seed: int, layout: Layout) -> None:

@@ -133,7 +133,7 @@ def _check_extra(extra: dict[str, Any], fixed: dict[str, Any], where: str) -> No
             raise InputError(f"{where}.{name}: must be {' or '.join(_CHOICES[name])}, not {value}")
         if name in fixed and value != fixed[name]:
             raise InputError(
-                f"{where}.{name}: is decided by the model's config.json, parallel.* and training.precision; leave it out"
+                f"{where}.{name}: is decided by config.json, parallel.* and training.precision; leave it out"
             )
 
 

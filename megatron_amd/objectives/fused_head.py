@@ -7,8 +7,8 @@ the vocabulary, and the gradient of every objective is formed in the same pass f
 
 It is then carried back through the head: hidden states' gradients are summed over the tensor-parallel group here,
 once (so a gather from sequence-parallel regions before the head must not sum them again); a head's weight gradient
-belongs to its shard and needs no communication. Arithmetic is fp32, or fp64 for fp64 hidden states. Extra memory is a
-few [chunk, V_local] buffers beside fp32 copies of heads in other types and the gradients.
+belongs to its shard and needs no communication. Matrix products are in the heads' own type; all else is fp32, or fp64
+for fp64 hidden states, the sums of gradients over chunks too. Extra memory is a few [chunk, V_local] buffers.
 
 Communication per chunk: one exchange of the softmaxes' maxima and sums, and one sum of q*a (none for kl, whose sum is
 known; for the critic only where it is centred). Statistics are reduced once, after the last chunk.
@@ -256,7 +256,7 @@ class _Chunk:
 
 
 class _Heads:
-    """The heads' real rows in the arithmetic's type, and their evaluation on a chunk of tokens."""
+    """The heads' real rows, and their evaluation on a chunk of tokens."""
 
     def __init__(
         self,
@@ -283,7 +283,7 @@ class _Heads:
                 f"a head of {head.weight.shape[0]} rows on {head.hidden.shape[0]} tokens does not go with a student of "
                 f"{self.rows} rows and {self.num_tokens} targets"
             )
-        return Head(head.hidden.detach(), head.weight.detach()[: self.real_rows].to(self.dtype))
+        return Head(head.hidden.detach(), head.weight.detach()[: self.real_rows])
 
     def chunks(self, chunk_tokens: int | None) -> Iterator[slice]:
         """Slices of at most `chunk_tokens` tokens that cover all N."""
@@ -292,7 +292,8 @@ class _Heads:
             yield slice(first, min(first + size, self.num_tokens))
 
     def _logits(self, head: Head, rows: slice) -> Tensor:
-        return head.hidden[rows].to(self.dtype) @ head.weight.T
+        """[n, R]. Products are taken in the heads' own type, everything after them in fp32 (or fp64)."""
+        return (head.hidden[rows] @ head.weight.T).to(self.dtype)
 
     def evaluate(self, rows: slice) -> _Chunk:
         """Softmaxes and critic on these tokens; one exchange with the other shards."""
@@ -444,11 +445,11 @@ class _HeadGradient:
 
     def add(self, rows: slice, logits_gradient: Tensor, head: Head, sign: float = 1.0) -> None:
         """Carry the gradient [n, R] of a chunk's logits back through the head's real rows."""
+        logits_gradient = logits_gradient.to(head.weight.dtype)
         if self.hidden is not None:
-            self.hidden[rows].addmm_(logits_gradient, head.weight, alpha=sign)
+            self.hidden[rows].add_(logits_gradient @ head.weight, alpha=sign)
         if self.weight is not None:
-            hidden = head.hidden[rows].to(self.weight.dtype)
-            self.weight[: head.weight.shape[0]].addmm_(logits_gradient.T, hidden, alpha=sign)
+            self.weight[: head.weight.shape[0]].add_(logits_gradient.T @ head.hidden[rows], alpha=sign)
 
     def reduce(self, vocabulary: Vocabulary) -> None:
         """Sum the hidden states' gradient over the shards: each gave only its own rows' part."""

@@ -19,10 +19,15 @@ def fill_model(model: CausalLM, role: str, settings: ModelConfig, architecture: 
     Raises:
         InputError: the folder's weights are missing, damaged or of other sizes. Each rank reads on its own.
     """
-    if settings.path is not None and settings.init.weights == "pretrained":
-        load_hf_weights(model, settings.path, architecture, layers=settings.init.layers, where=f"{role}.path")
+    if has_pretrained_weights(settings):
+        load_hf_weights(model, str(settings.path), architecture, layers=settings.init.layers, where=f"{role}.path")
     else:
         initialize_weights(model, f"{seed}:{role}")
+
+
+def has_pretrained_weights(settings: ModelConfig) -> bool:
+    """Whether the first weights are read from a folder."""
+    return settings.path is not None and settings.init.weights == "pretrained"
 
 
 def freeze(model: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_amd.checkpoint.hf import check_hf_weights
 from megatron_amd.config import Config
 from megatron_amd.data import (
     PromptDataset,
@@ -20,11 +21,18 @@ from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
 from megatron_amd.evaluation.distances import HeldOut
-from megatron_amd.models.roles import ModelPlan, build_model, plan_models
+from megatron_amd.models.roles import (
+    ModelPlan,
+    build_model,
+    plan_models,
+    role_architecture,
+    role_transformer_config,
+)
 from megatron_amd.objectives.vocab_parallel import Vocabulary
-from megatron_amd.training.first_weights import fill_model, freeze
+from megatron_amd.training.first_weights import fill_model, freeze, has_pretrained_weights
+from megatron_amd.training.optimizer import ddp_config, optimizer_config
 from megatron_amd.training.steps import Players
-from megatron_amd.training.trainer import Trainer
+from megatron_amd.training.trainer import Trainer, find_checkpoint
 
 
 def set_up(config: Config, layout: Layout, warn: object = print) -> tuple[Trainer, Tokenizer]:
@@ -37,20 +45,27 @@ def set_up(config: Config, layout: Layout, warn: object = print) -> tuple[Traine
         InputError: on all ranks, whatever does not fit.
     """
     with agreed():
-        _check_directory(config, layout)
+        _check_directory(config)
+        for role, model in (("student", config.student), ("teacher", config.teacher)):
+            role_architecture(model, role)  # first, so that a wrong path is not taken for a missing tokenizer
         tokenizer = _shared_tokenizer(config)
         plan = plan_models(config, tokenizer.vocab_size)
+        _check_megatron_settings(config, plan, layout)
+        _check_weights(config, plan)
         train, held_out = _open_data(config, tokenizer, layout, warn)
+        loader = PromptLoader(
+            train,
+            global_batch_size=config.training.global_batch_size,
+            dp_rank=layout.dp_rank,
+            dp_size=layout.dp_size,
+            seed=config.run.seed,
+            shuffle=config.data.shuffle,
+        )
+    checkpoint = find_checkpoint(config, plan, layout)
+    if checkpoint is not None:
+        loader.load_state_dict(checkpoint[1]["loader"])  # raises where the data has changed
     players = build_players(config, plan, layout)
-    loader = PromptLoader(
-        train,
-        global_batch_size=config.training.global_batch_size,
-        dp_rank=layout.dp_rank,
-        dp_size=layout.dp_size,
-        seed=config.run.seed,
-        shuffle=config.data.shuffle,
-    )
-    return Trainer(config, plan, players, loader, tokenizer.eos_ids, held_out), tokenizer
+    return Trainer(config, plan, players, loader, tokenizer.eos_ids, held_out, checkpoint), tokenizer
 
 
 def build_players(config: Config, plan: ModelPlan, layout: Layout) -> Players:
@@ -66,7 +81,7 @@ def build_players(config: Config, plan: ModelPlan, layout: Layout) -> Players:
     return Players(config=config, layout=layout, vocabulary=vocabulary, teacher=teacher, student=student)
 
 
-def _check_directory(config: Config, layout: Layout) -> None:
+def _check_directory(config: Config) -> None:
     """Raise InputError unless the run directory can be made and written."""
     directory = Path(config.run.directory)
     try:
@@ -93,6 +108,26 @@ def _shared_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
+def _check_megatron_settings(config: Config, plan: ModelPlan, layout: Layout) -> None:
+    """Make every configuration object of Megatron-Core's once, for what it refuses: some are needed hours later."""
+    for role in ("student", "teacher", "critic"):
+        role_transformer_config(role, config, plan, layout)
+    ddp_config(config.training.ddp)
+    for section, settings in (("training", config.training), ("critic", config.critic), ("warmup", config.warmup)):
+        optimizer_config(settings.optim, f"{section}.optim")
+
+
+def _check_weights(config: Config, plan: ModelPlan) -> None:
+    """Raise InputError unless the folders hold every tensor that is to be read."""
+    roles = [("student", config.student, plan.student), ("teacher", config.teacher, plan.teacher)]
+    if plan.critic_trunk is not None and config.critic.trunk == "model":
+        model = config.critic.model  # as in its folder: the plan's trunk has its head untied
+        roles.append(("critic.model", model, role_architecture(model, "critic.model")))
+    for role, model, architecture in roles:
+        if has_pretrained_weights(model):
+            check_hf_weights(str(model.path), architecture, layers=model.init.layers, where=f"{role}.path")
+
+
 def _open_data(
     config: Config, tokenizer: Tokenizer, layout: Layout, warn: object
 ) -> tuple[PromptDataset, HeldOut | None]:
@@ -110,7 +145,7 @@ def _open_data(
         return train, None
     if count < layout.dp_size:
         raise InputError(
-            f"evaluation.prompts: {count} cannot be shared by {layout.dp_size} data-parallel ranks; use at least as many"
+            f"evaluation.prompts: {count} cannot be shared by {layout.dp_size} data-parallel ranks; use as many or more"
         )
     rows = load_rows(config.data, "evaluation", tokenizer, responses=False, count=count)
     prompts = first_prompts(rows, count, dp_rank=layout.dp_rank, dp_size=layout.dp_size)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_amd.batch import Batch, Rollouts
 from megatron_amd.checkpoint import store
 from megatron_amd.config import Config, ObjectiveConfig, WarmupConfig, config_to_dict
 from megatron_amd.data.loader import PromptLoader
 from megatron_amd.distributed.initialize import agreed
+from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
 from megatron_amd.evaluation.distances import HeldOut
 from megatron_amd.models.roles import ModelPlan, build_critic
@@ -53,11 +55,12 @@ class Trainer:
         loader: prompts of this replica.
         eos_ids: tokens that end a response.
         held_out: the evaluation, or None.
+        resume_from: what `find_checkpoint` has found.
 
-    All methods are collective. The constructor goes on from the newest checkpoint of `run.directory`, if any.
+    All methods are collective.
 
     Raises:
-        InputError: the run directory cannot be written, or its checkpoint does not fit this run.
+        InputError: the run directory cannot be written, or its checkpoint is damaged.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Trainer:
         loader: PromptLoader,
         eos_ids: tuple[int, ...],
         held_out: HeldOut | None,
+        resume_from: Checkpoint | None = None,
     ) -> None:
         self.config, self.plan, self.players = config, plan, players
         self.loader, self.eos_ids, self.held_out = loader, eos_ids, held_out
@@ -79,7 +83,7 @@ class Trainer:
         critic_only = config.critic.warmup_steps if config.objective.name == "amm" else 0
         self.phases = {"warmup": config.warmup.steps, "critic": critic_only, "main": config.training.steps}
         self._student = wrap_for_training(players.student, players.layout, config.training.ddp)
-        self._resume_or_start()
+        self._start(resume_from)
 
     def train(self) -> int | None:
         """Run to the end, or until a signal asks to stop.
@@ -121,7 +125,8 @@ class Trainer:
             return self.batch
         objective = self._objective()
         self._batch_position = self.loader.state_dict()
-        prompts = self.loader.next()
+        with agreed():
+            prompts = self.loader.next()
         rollouts: dict[bool, Rollouts] = {}
         with self.timers("rollout"):
             if objective.beta > 0:
@@ -171,7 +176,7 @@ class Trainer:
                 "evaluations": self.journal.evaluations,
                 "config": config_to_dict(self.config),
             },
-            fingerprint=self._fingerprint(),
+            fingerprint=fingerprint(self.config, self.plan),
             rank_state={"rng": _random_states()},
             keep=self.config.checkpoint.keep,
         )
@@ -229,7 +234,8 @@ class Trainer:
             "train/skipped_student_steps": progress.skipped_student_steps,
             "train/skipped_critic_steps": progress.skipped_critic_steps,
         }
-        self.journal.write(progress.phase, progress.iteration, metrics | times | counts | memory_metrics(self.players.layout))
+        memory = memory_metrics(self.players.layout)
+        self.journal.write(progress.phase, progress.iteration, metrics | times | counts | memory)
         if progress.iteration == self.phases[progress.phase]:
             return  # the end of a phase has its own evaluation and checkpoint
         if progress.phase == "main" and _is_due(progress.iteration, config.evaluation.interval):
@@ -264,16 +270,9 @@ class Trainer:
             model, config.critic.optim, players.layout, steps, "critic.optim"
         )
 
-    def _resume_or_start(self) -> None:
+    def _start(self, resume_from: Checkpoint | None) -> None:
         config, players = self.config, self.players
-        with agreed():
-            newest = store.latest(self._checkpoints)
-            if newest is not None and not config.checkpoint.resume:
-                raise InputError(
-                    f"{config.run.directory}: already holds a run; set checkpoint.resume: true to go on with it, or "
-                    "choose another run.directory"
-                )
-            state = store.read_state(newest) if newest is not None else None
+        path, state = resume_from or (None, None)
         if state is not None:
             self.progress = Progress(**state["progress"])
         self.journal = Journal(config, self.phases, resume=state)
@@ -283,8 +282,8 @@ class Trainer:
             )
         else:
             self._enter_main_game()
-        if newest is not None and state is not None:
-            _, rank_state = store.load(newest, self._roles(), fingerprint=self._fingerprint())
+        if path is not None and state is not None:
+            _, rank_state = store.load(path, self._roles(), fingerprint=fingerprint(config, self.plan))
             _restore_random_states(rank_state["rng"])
             self.loader.load_state_dict(state["loader"])
 
@@ -297,17 +296,50 @@ class Trainer:
             roles["critic"] = store.RoleState.of(critic if critic.has_parameters else None, players.layout)
         return roles
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to fit."""
-        return {
-            "student": self.plan.student.sizes(),
-            "critic": self.plan.critic_trunk.sizes() if self.plan.critic_trunk else self.config.critic.features,
-            "precision": self.config.training.precision,
-        }
-
     def _earlier_phases(self) -> list[str]:
         order = list(self.phases)
         return order[: order.index(self.progress.phase)]
+
+
+Checkpoint = tuple[Path, dict[str, Any]]
+"""A checkpoint's folder and its state."""
+
+
+def find_checkpoint(config: Config, plan: ModelPlan, layout: Layout) -> Checkpoint | None:
+    """The newest checkpoint of `run.directory`, from which the run goes on; None where there is none. Collective.
+
+    Raises:
+        InputError: it does not fit this run, or checkpoint.resume is off.
+    """
+    found = None
+    with agreed():
+        path = store.latest(Path(config.run.directory) / "checkpoints")
+        if path is not None and not config.checkpoint.resume:
+            raise InputError(
+                f"{config.run.directory}: already holds a run; set checkpoint.resume: true to go on with it, or "
+                "choose another run.directory"
+            )
+        if path is not None:
+            found = path, store.read_state(path)
+            roles = ["student"]
+            if config.objective.name == "amm" and found[1]["progress"]["phase"] != "warmup":
+                roles.append("critic")
+            store.check_fit(*found, dict.fromkeys(roles, layout), fingerprint(config, plan))
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, found and found[0].name)
+    if len(set(names)) > 1:
+        seen = " and ".join(sorted({name or "no checkpoint" for name in names}))
+        raise InputError(f"{config.run.directory}: ranks see {seen} there; give a folder that is the same on all nodes")
+    return found
+
+
+def fingerprint(config: Config, plan: ModelPlan) -> dict[str, Any]:
+    """What must be equal for a checkpoint to fit a run."""
+    return {
+        "student": plan.student.sizes(),
+        "critic": plan.critic_trunk.sizes() if plan.critic_trunk else config.critic.features,
+        "precision": config.training.precision,
+    }
 
 
 def _is_due(iteration: int, interval: int) -> bool:
