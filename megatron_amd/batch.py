@@ -185,6 +185,6 @@ class Batch:
     scales: dict[bool, float]
     """1/N of each term, by `on_policy`: N counts sequences or response tokens of the global batch."""
     student_states: list[Tensor] | None
-    """[N, H_student] final hidden states under the current student."""
+    """[N, H_student] final hidden states under the current student; None also where no critic looks at them."""
     teacher_states: list[Tensor] | None
     """[N, H_teacher]; None also where the objective needs no teacher."""

@@ -74,8 +74,10 @@ def _train(config: Config) -> int:
 
 
 def _dry_run(config: Config, world_size: int | None) -> int:
+    from megatron_amd.distributed.quiet import silence_known_warnings
     from megatron_amd.training.plan import describe_plan
 
+    silence_known_warnings()
     _say(describe_plan(config, world_size))
     return 0
 

@@ -62,7 +62,7 @@ class Game:
             share = len(s.prompts) // self.layout.dp_size
             rows = slice(share * self.layout.dp_rank, share * (self.layout.dp_rank + 1))
             rollouts[on_policy] = Rollouts.from_lists(s.prompts[rows], s.responses[rows])
-        return make_batch(self.players, rollouts, with_teacher=self.players.config.objective.name != "sft")
+        return make_batch(self.players, rollouts, teacher_states=self.players.config.objective.name != "sft")
 
     def write_student_gradients(self, folder: Path) -> None:
         """The whole student's finished gradient, as a Hugging Face folder in place of weights. Collective."""

@@ -56,6 +56,7 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
 BETA = 0.5
 RESPONSE_TOKENS = 32
+PROMPT_TOKENS = 64
 TEXTS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
@@ -66,10 +67,10 @@ DISTANCES = {"kl": "KL(p||q)", "rkl": "KL(q||p)", "js": "JS", "tv": "TV"}
 CRITICS = {
     "zero heads": {"head_init": "zero", "prior": "none"},
     "prior alone": {"head_init": "zero", "prior": "log_ratio"},
-    "random": {"head_init": "random", "prior": "none"},
+    "random critic": {"head_init": "random", "prior": "none"},
 }
 ALLOWED_VALUE = {"fp32": 1e-6, "bf16": 1e-4, "fp8": 1e-4}
-ALLOWED_GRADIENT = {"fp32": 1e-4, "bf16": 1e-2, "fp8": 1e-1}
+ALLOWED_GRADIENT = {"fp32": 1e-4, "bf16": 3e-2, "fp8": 1e-1}
 """By precision: rounding of hidden states' gradients reaches every parameter."""
 
 
@@ -114,8 +115,8 @@ def settings(options: argparse.Namespace) -> tuple[Config, str]:
     """
     if options.config is None and options.model is None:
         raise InputError("command line: give --config run.yaml or --model FOLDER; --help shows examples")
-    overrides = options.overrides if options.config else ["training.precision=fp32", *options.overrides]
-    config = load_config(options.config, overrides)
+    defaults = [] if options.config else ["training.precision=fp32", f"data.max_prompt_length={PROMPT_TOKENS}"]
+    config = load_config(options.config, [*defaults, *options.overrides])
     model = ModelConfig(path=options.model) if options.model else getattr(config, options.role)
     source = config.data.tokenizer or (None if options.model else config.teacher.path) or model.path
     if source is None:
@@ -222,17 +223,17 @@ def checks(players: Players, plan: ModelPlan, batch: Batch) -> Iterator[Check]:
         step, _, moments = critic_step(players, batch)
         for state in ("off", "on"):
             d_mm = moments[f"amm/d_mm_{state}"] / (2 * config.critic.bound)
-            yield Check(f"critic with {label}: d_MM {state}, of the largest possible", d_mm, value)
-        yield Check(f"critic with {label}: critic's gradient", step.grad_norm / sampled, gradient)
-        if label != "random":
+            yield Check(f"{label}: d_MM {state}, of the largest possible", d_mm, value)
+        yield Check(f"{label}: critic's gradient", step.grad_norm / sampled, gradient)
+        if label != "random critic":
             moved = student_gradient(players, batch, "amm") / sft
-            yield Check(f"critic with {label}: student's gradient", moved, gradient)
+            yield Check(f"{label}: student's gradient", moved, gradient)
     literal, norm = literal_gradient(players, batch)
     for policy in ("per_step", "rao_blackwell"):
         set_objective(players, policy_gradient=policy)
         student_gradient(players, batch, "amm")
         away = distance_from(players, literal) / norm if norm > 0 else math.nan
-        yield Check(f"critic with random: student ({policy}) is -w q (f - E_q f)", away, gradient)
+        yield Check(f"random critic: student ({policy}) is -w q (f - E_q f)", away, gradient)
 
 
 def student_gradient(players: Players, batch: Batch, name: str) -> float:
@@ -271,11 +272,12 @@ def literal_gradient(players: Players, batch: Batch) -> tuple[list[Tensor], floa
 
     def loss_function(index: int, states: Tensor) -> tuple[Tensor, None]:
         head = players.student.head_weight()
-        hidden = copy_to_tensor_model_parallel_region(states.float(), layout.groups.tp)
-        logits = hidden @ head.float().t()
+        hidden = copy_to_tensor_model_parallel_region(states, layout.groups.tp)
+        logits = (hidden @ head.t()).float()  # the product in the model's own type, as the trainer takes it
         q = whole(logits).softmax(1)
         critic = players.critic_head(batch, index, own_states[index] if own_states else None)
-        raw = sum(sign * whole(states.float() @ weight.float().t()) for states, weight, sign in critic.terms)
+        parts = [sign * whole((read @ weight.t()).float()) for read, weight, sign in critic.terms]
+        raw = torch.stack(parts).sum(0)
         if critic.center:
             raw = raw - (q * raw).sum(1, keepdim=True)
         f = critic.bound * torch.tanh(raw) if critic.squash == "tanh" else raw

@@ -53,9 +53,9 @@ def fake_world(config: Config, world_size: int, rank: int) -> Iterator[Layout]:
 def on_meta() -> Iterator[None]:
     """Make every new tensor a meta tensor. Belongs inside a `fake_world`.
 
-    Three functions are replaced until the end: one that cannot gather from nobody, one that names types in a way that
-    Megatron-Core's optimizers do not know, and attention, where PyTorch takes for meta tensors the one kernel that
-    keeps all [S, S] scores and that is taken for no real ones.
+    Until the end some functions are replaced: one that cannot gather from nobody, one that names types in a way that
+    Megatron-Core's optimizers do not know, and two for which PyTorch has fused kernels on a GPU but on meta tensors
+    takes them apart, which would show memory that no GPU needs ([S, S] scores, fp32 copies in RMSNorm).
     """
     named_type: Any = Tensor.type
 
@@ -69,7 +69,8 @@ def on_meta() -> Iterator[None]:
     with (
         _replaced(dist, "all_gather_object", gather_from_nobody),
         _replaced(Tensor, "type", type_as_if_real),
-        _replaced(F, "scaled_dot_product_attention", _attention_like_a_flash_kernel),
+        _replaced(F, "scaled_dot_product_attention", _flash_attention),
+        _replaced(F, "rms_norm", _fused_rms_norm if hasattr(torch.ops.aten, "_fused_rms_norm") else F.rms_norm),
         _MetaTensors(),
     ):
         yield
@@ -85,7 +86,7 @@ def _replaced(owner: Any, name: str, function: Any) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def _attention_like_a_flash_kernel(
+def _flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -97,6 +98,13 @@ def _attention_like_a_flash_kernel(
     """Keeps query, key, value, output and one number a row for the backward pass."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return attend(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _fused_rms_norm(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """Keeps its input and one number a row for the backward pass (PyTorch 2.8 and newer)."""
+    return torch.ops.aten._fused_rms_norm(input, normalized_shape, weight, eps)[0]
 
 
 class _MetaTensors(TorchDispatchMode):

@@ -40,7 +40,7 @@ def initialize(config: Config) -> Layout:
     world_size = world_size_from_environment()
     check_world_size(config.parallel, world_size)
     check_batch_split(config, world_size)
-    device = _device()
+    device = rank_device()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(minutes=config.parallel.timeout_minutes)
     try:
@@ -58,7 +58,7 @@ def initialize(config: Config) -> Layout:
     return layout
 
 
-def _device() -> torch.device:
+def rank_device() -> torch.device:
     """This rank's GPU, made the current one; the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -77,13 +77,18 @@ def set_seeds(seed: int, layout: Layout) -> None:
 
 
 def check_batch_split(config: Config, world_size: int) -> None:
-    """Raise InputError unless the data-parallel ranks can share a global batch evenly."""
+    """Raise InputError unless the data-parallel ranks can share a global batch evenly, and the held-out prompts."""
     parallel = config.parallel
     data = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
     if config.training.global_batch_size % data:
         raise InputError(
             f"training.global_batch_size: {config.training.global_batch_size} prompts cannot be shared by {data} "
             f"data-parallel ranks; use a multiple of {data}"
+        )
+    if 0 < config.evaluation.prompts < data:
+        raise InputError(
+            f"evaluation.prompts: {config.evaluation.prompts} cannot be shared by {data} data-parallel ranks; use as "
+            "many or more"
         )
 
 

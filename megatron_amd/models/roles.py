@@ -38,16 +38,18 @@ class ModelPlan:
     """Rows of every embedding and head."""
 
 
-def plan_models(config: Config, vocab_size: int | None) -> ModelPlan:
+def plan_models(config: Config, vocab_size: int | None, implementation: Implementation | None = None) -> ModelPlan:
     """Read the architectures and check them against each other, the layout and the tokenizer.
 
     Args:
         vocab_size: the tokenizer's size; None takes the smallest of the models' (for planning without a tokenizer).
+        implementation: of the layers; None chooses by the settings and by what this machine has.
 
     Raises:
         InputError: whatever does not fit, before anything is allocated.
     """
-    implementation = choose_implementation(config.training.transformer_impl, config.training.precision)
+    if implementation is None:
+        implementation = choose_implementation(config.training.transformer_impl, config.training.precision)
     student = role_architecture(config.student, "student")
     teacher = role_architecture(config.teacher, "teacher")
     trunk = _critic_trunk(config, student, teacher)

@@ -119,6 +119,8 @@ class StudentTokens:
     """D(p, q): delta for amm, the distance in nats (tv: in [0, 1]), -ln q(y) for sft."""
     student_logprob: Tensor
     """ln q(y)."""
+    statistics: TokenStatistics | None = None
+    """Everything else, where it was asked for."""
 
 
 def default_chunk_tokens(local_rows: int, dtype: torch.dtype = torch.float32) -> int:
@@ -152,12 +154,14 @@ def student_loss(
     scores: Tensor | None = None,
     vocabulary: Vocabulary,
     chunk_tokens: int | None = None,
+    with_statistics: bool = False,
 ) -> tuple[Tensor, StudentTokens]:
     """sum_i weights_i D_i + sum_i scores_i ln q_i(y_i), differentiable in the student's hidden states and head.
 
     objective: `amm` (D = delta, f held fixed), a name of `DIVERGENCES`, or `sft` (D = -ln q(y), which needs no
     teacher). targets: int64 [N]; weights, scores: [N], constants. Only `amm` reads the critic. The loss is equal on
-    all tensor-parallel ranks. Raises ValueError for an unknown objective or a missing head.
+    all tensor-parallel ranks. with_statistics: collect the statistics in the same pass (not for `sft`, which sees no
+    teacher). Raises ValueError for an unknown objective or a missing head.
     """
     if objective not in ("amm", "sft", *DIVERGENCES):
         raise ValueError(f"objective: {objective!r} is not known")
@@ -177,8 +181,11 @@ def student_loss(
         logprob_weights = scores - weights if objective == "sft" else scores
         # Partial sums over this shard: D and ln q(y).
         tokens = torch.zeros(2, heads.num_tokens, dtype=heads.dtype, device=student.hidden.device)
+        parts = []
         for rows in heads.chunks(chunk_tokens):
             chunk = heads.evaluate(rows)
+            if with_statistics:
+                parts.append(_statistics(chunk, vocabulary))
             tokens[1, rows] = chunk.targets.take(chunk.log_q)
             logits_gradient = -chunk.q * logprob_weights[rows, None]
             chunk.targets.add_(logits_gradient, logprob_weights[rows])
@@ -193,7 +200,8 @@ def student_loss(
             value = -logprob
         loss = (weights * value).sum() + (scores * logprob).sum()
         gradient.reduce(vocabulary)
-    return _with_gradients(loss, [gradient]), StudentTokens(value, logprob)
+        statistics = _finish_statistics(heads, parts) if with_statistics else None
+    return _with_gradients(loss, [gradient]), StudentTokens(value, logprob, statistics)
 
 
 def critic_loss(

@@ -65,16 +65,19 @@ def off_policy_responses(players: Players, prompts: Prompts, eos_ids: tuple[int,
     )
 
 
-def make_batch(players: Players, rollouts: Mapping[bool, Rollouts], *, with_teacher: bool = True) -> Batch:
-    """Cut sequences into micro-batches and collect final hidden states of student and teacher. Collective.
+def make_batch(
+    players: Players, rollouts: Mapping[bool, Rollouts], *, student_states: bool = True, teacher_states: bool = True
+) -> Batch:
+    """Cut sequences into micro-batches and collect final hidden states. Collective.
 
     Args:
         rollouts: by `OFF` and `ON`; one may be missing.
-        with_teacher: False where nothing looks at the teacher (sft).
+        student_states: False where only the student's own step looks at its states, which computes them anyway.
+        teacher_states: False where nothing looks at the teacher (sft).
     """
     config, layout = players.config, players.layout
     size = min(config.training.micro_batch_size, max(map(len, rollouts.values())))
-    width = _padded_width(max(r.tokens.shape[1] for r in rollouts.values()), config, layout)
+    width = padded_width(max(r.tokens.shape[1] for r in rollouts.values()), config, layout)
     microbatches: list[MicroBatch] = []
     scales: dict[bool, float] = {}
     for on_policy, sequences in rollouts.items():
@@ -86,8 +89,8 @@ def make_batch(players: Players, rollouts: Mapping[bool, Rollouts], *, with_teac
         microbatches=microbatches,
         weights=weights,
         scales=scales,
-        student_states=forward_states(players.student, microbatches, layout) if with_teacher else None,
-        teacher_states=forward_states(players.teacher, microbatches, layout) if with_teacher else None,
+        student_states=forward_states(players.student, microbatches, layout) if student_states else None,
+        teacher_states=forward_states(players.teacher, microbatches, layout) if teacher_states else None,
     )
 
 
@@ -113,7 +116,7 @@ def response_metrics(rollouts: Mapping[bool, Rollouts], eos_ids: tuple[int, ...]
     return metrics
 
 
-def _padded_width(width: int, config: Config, layout: Layout) -> int:
+def padded_width(width: int, config: Config, layout: Layout) -> int:
     """Sequence parallelism splits S over TP ranks; FP8 products want a certain multiple of tokens on each."""
     multiple = fp8_multiple(config.training) * (layout.tp_size if layout.sequence_parallel else 1)
     return -(-width // multiple) * multiple

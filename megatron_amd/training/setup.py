@@ -50,7 +50,7 @@ def set_up(config: Config, layout: Layout, warn: object = print) -> tuple[Traine
             role_architecture(model, role)  # first, so that a wrong path is not taken for a missing tokenizer
         tokenizer = _shared_tokenizer(config)
         plan = plan_models(config, tokenizer.vocab_size)
-        _check_megatron_settings(config, plan, layout)
+        check_megatron_settings(config, plan, layout)
         _check_weights(config, plan)
         train, held_out = _open_data(config, tokenizer, layout, warn)
         loader = PromptLoader(
@@ -108,7 +108,7 @@ def _shared_tokenizer(config: Config) -> Tokenizer:
     return tokenizer
 
 
-def _check_megatron_settings(config: Config, plan: ModelPlan, layout: Layout) -> None:
+def check_megatron_settings(config: Config, plan: ModelPlan, layout: Layout) -> None:
     """Make every configuration object of Megatron-Core's once, for what it refuses: some are needed hours later."""
     for role in ("student", "teacher", "critic"):
         role_transformer_config(role, config, plan, layout)
@@ -143,10 +143,6 @@ def _open_data(
     count = config.evaluation.prompts
     if not count:
         return train, None
-    if count < layout.dp_size:
-        raise InputError(
-            f"evaluation.prompts: {count} cannot be shared by {layout.dp_size} data-parallel ranks; use as many or more"
-        )
     rows = load_rows(config.data, "evaluation", tokenizer, responses=False, count=count)
     prompts = first_prompts(rows, count, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
     return train, HeldOut(prompts, tokenizer.eos_ids, tokenizer.decode)

@@ -139,18 +139,19 @@ def student_step(players: Players, batch: Batch, name: str, beta: float) -> tupl
         beta: weight of the off-policy term.
 
     Returns:
-        What the optimizer did, and metrics: the loss, and with a critic the moments after its training. Collective.
+        What the optimizer did, and metrics: the loss, and the batch's distances before the step or, for `amm`, its
+        moments after the critic's training. Collective.
     """
     assert players.student_optimization is not None
     optimization = players.student_optimization
     own_states = players.critic_states(batch) if name == "amm" else None
     weights, scores, metrics = _student_weights(players, batch, name, own_states)
 
-    def loss_function(index: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    def loss_function(index: int, states: Tensor) -> tuple[Tensor, tuple[TokenStatistics | None, Tensor]]:
         microbatch = batch.microbatches[index]
         share = coefficient(microbatch, beta)
         own = own_states[index] if own_states is not None else None
-        loss, _ = student_loss(
+        loss, tokens = student_loss(
             players.student_head(states),
             players.teacher_head(batch, index) if name != "sft" else None,
             players.critic_head(batch, index, own) if name == "amm" else None,
@@ -160,14 +161,18 @@ def student_step(players: Players, batch: Batch, name: str, beta: float) -> tupl
             scores=None if scores[index] is None else scores[index] * share,
             vocabulary=players.vocabulary,
             chunk_tokens=players.config.training.head_chunk_tokens,
+            with_statistics=name not in ("amm", "sft"),
         )
-        return loss, loss.detach()
+        return loss, (tokens.statistics, loss.detach())
 
     optimization.zero_grad()
     kept = forward_backward(optimization.model, batch.microbatches, players.layout, loss_function)
     step = optimization.step()
+    if name not in ("amm", "sft"):
+        statistics = None if kept is None else [statistics for statistics, _ in kept]
+        metrics |= batch_metrics(batch, statistics, players.layout, players.config.critic.bound)
     metrics |= {
-        "student/loss": _sum_loss(float(sum(loss.double() for loss in kept or ())), players.layout),
+        "student/loss": _sum_loss(float(sum(loss.double() for _, loss in kept or ())), players.layout),
         "student/grad_norm": step.grad_norm,
         "student/learning_rate": step.learning_rate,
     }

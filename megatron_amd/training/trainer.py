@@ -108,6 +108,8 @@ class Trainer:
     def _iteration(self, stop: StopSignals) -> None:
         """Algorithm 1, one iteration. A warm-up has no critic, a critic-only phase no student step."""
         with self.timers("iteration"):
+            if self.progress.critic_steps and not self.config.objective.resample:
+                self.sample()  # resumed inside K: draw the batch again, also if nothing is left to do with it
             while self.progress.critic_steps < self._critic_steps():
                 self.critic_step(self.sample())
                 if self.config.objective.resample:
@@ -134,8 +136,13 @@ class Trainer:
             if objective.beta < 1:
                 rollouts[ON] = student_responses(self.players, prompts, self.eos_ids)
         with self.timers("hidden"):
-            self.batch = make_batch(self.players, rollouts, with_teacher=objective.name != "sft")
-            if objective.name != "sft" and not self._critic_steps():  # critic steps measure as they go
+            self.batch = make_batch(
+                self.players,
+                rollouts,
+                student_states=objective.name == "amm",
+                teacher_states=objective.name != "sft",
+            )
+            if objective.name == "amm" and not self._critic_steps():  # other steps measure as they go
                 self.progress.metrics |= measure(self.players, self.batch)
         self.progress.metrics |= response_metrics(rollouts, self.eos_ids, self.players.layout)
         return self.batch
