@@ -6,6 +6,7 @@ loops below. Nothing is shared with megatron_amd but the settings.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,20 @@ class Sequences:
 
     prompts: Sequence[Sequence[int]]
     responses: Sequence[Sequence[int]]
+
+
+def fixed_sequences(kind: str, vocab_size: int) -> dict[bool, Sequences]:
+    """Four responses of each policy. `short rank`: the second data-parallel rank of two has one-token ones alone."""
+    lengths = {"mixed": ((3, 1, 5, 2), (2, 6, 1, 3)), "short rank": ((4, 2, 1, 1), (3, 5, 1, 1))}[kind]
+    draw = random.Random(kind)
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(vocab_size) for _ in range(count)]
+
+    return {
+        on_policy: Sequences([tokens(n) for n in (3, 1, 4, 2)], [tokens(n) for n in lengths[on_policy]])
+        for on_policy in (False, True)
+    }
 
 
 def critic_head(on_policy: bool, source: str, hidden_size: int) -> Tensor:
@@ -53,15 +68,17 @@ class DenseGame:
 
     Args:
         student: folder of the student.
-        teacher: folder of the teacher, from which the critic's own trunk starts too.
+        teacher: folder of the teacher.
+        trunk: folder of the critic's own trunk.
         vocab_size: real token ids.
         sequences: by `on_policy`.
     """
 
-    def __init__(self, student: Path, teacher: Path, vocab_size: int, sequences: dict[bool, Sequences]) -> None:
+    def __init__(
+        self, student: Path, teacher: Path, trunk: Path, vocab_size: int, sequences: dict[bool, Sequences]
+    ) -> None:
         self.vocab_size = vocab_size
-        self.models = {name: _load(path) for name, path in (("student", student), ("teacher", teacher))}
-        self.models["own"] = _load(teacher)
+        self.models = {"student": _load(student), "teacher": _load(teacher), "own": _load(trunk)}
         self.heads = {
             (on_policy, source): critic_head(on_policy, source, model.config.hidden_size).double().requires_grad_()
             for source, model in self.models.items()

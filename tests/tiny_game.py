@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +147,6 @@ def snapshot(optimization: Optimization | None) -> dict[str, Tensor]:
 def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """Names of what is not the same bit for bit."""
     return [name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]
-
-
-def with_objective(config: Config, **settings: Any) -> Config:
-    """The config with other settings of the objective."""
-    return replace(config, objective=replace(config.objective, **settings))
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ export gathers the tensors one by one onto the rank that writes.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -129,6 +128,14 @@ def export_hf(
         for name, tensor in tensors:
             writer.add(name, tensor)
         writer.finish(copy_tokenizer)
+
+
+def check_export_folder(folder: Path) -> None:
+    """Raise InputError where an export would replace something that is not an exported model."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: exists and is not an exported model; move it or choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, where the exported model would be; move it or choose another folder")
 
 
 class WeightFiles:
@@ -374,10 +381,7 @@ class _FolderWriter:
             self._shard = {}
 
     def _begin(self) -> None:
-        if self._folder.is_dir() and any(self._folder.iterdir()) and not (self._folder / "config.json").is_file():
-            raise InputError(f"{self._folder}: exists and is not an exported model; move it or choose another folder")
-        if self._folder.exists() and not self._folder.is_dir():
-            raise FileExistsError(errno.EEXIST, "it is a file")
+        check_export_folder(self._folder)
         if self._partial.exists():
             shutil.rmtree(self._partial)
         self._partial.mkdir(parents=True)

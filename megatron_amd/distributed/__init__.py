@@ -16,6 +16,8 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 cpu.install_where_cuda_is_absent()
 
+# A build of torch with CUDA, on a machine without a GPU, says so when Megatron-Core imports this.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 with warnings.catch_warnings():  # both warn at import that Transformer Engine or Apex is missing, which we know
     warnings.simplefilter("ignore")
     import megatron.core.models.gpt.gpt_layer_specs

@@ -54,8 +54,8 @@ def on_meta() -> Iterator[None]:
     """Make every new tensor a meta tensor. Belongs inside a `fake_world`.
 
     Until the end some functions are replaced: one that cannot gather from nobody, one that names types in a way that
-    Megatron-Core's optimizers do not know, and two for which PyTorch has fused kernels on a GPU but on meta tensors
-    takes them apart, which would show memory that no GPU needs ([S, S] scores, fp32 copies in RMSNorm).
+    Megatron-Core's optimizers do not know, and two for which PyTorch has fused kernels on a GPU but which it takes
+    apart on meta tensors: that would show memory that a GPU does not need ([S, S] scores, fp32 copies in RMSNorm).
     """
     named_type: Any = Tensor.type
 
@@ -70,7 +70,7 @@ def on_meta() -> Iterator[None]:
         _replaced(dist, "all_gather_object", gather_from_nobody),
         _replaced(Tensor, "type", type_as_if_real),
         _replaced(F, "scaled_dot_product_attention", _flash_attention),
-        _replaced(F, "rms_norm", _fused_rms_norm if hasattr(torch.ops.aten, "_fused_rms_norm") else F.rms_norm),
+        _replaced(F, "rms_norm", _fused_norm),
         _MetaTensors(),
     ):
         yield
@@ -100,11 +100,11 @@ def _flash_attention(
     return attend(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-def _fused_rms_norm(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+def _fused_norm(
+    input: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """Keeps its input and one number a row for the backward pass (PyTorch 2.8 and newer)."""
-    return torch.ops.aten._fused_rms_norm(input, normalized_shape, weight, eps)[0]
+    """LayerNorm in RMSNorm's place: has the same shapes, and keeps its input and a number or two for each row."""
+    return torch.layer_norm(input, normalized_shape, weight, None, eps or 0.0)
 
 
 class _MetaTensors(TorchDispatchMode):
@@ -134,29 +134,30 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         """Bytes alive."""
         self.peak = 0
-        """Most bytes alive at once since `start`."""
-        self._storages: dict[int, weakref.ref] = {}
-
-    def start(self) -> None:
-        """Forget the peak so far."""
-        self.peak = self.now
+        """Most bytes alive at once."""
+        self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(storage) for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+        for storage in _storages(result):
+            if id(storage) not in given:  # else a view, or changed in place
+                self._count(storage)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self._storages:
+        if key in self._alive:
             return
 
         def forget(_: weakref.ref) -> None:
-            del self._storages[key]
+            del self._alive[key]
             self.now -= size
 
-        self._storages[key] = weakref.ref(storage, forget)
+        self._alive[key] = weakref.ref(storage, forget)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_amd.config import Config
-from megatron_amd.distributed.fake import fake_world
+from megatron_amd.distributed.fake import fake_world, on_meta
 from megatron_amd.distributed.initialize import check_batch_split, rank_device, world_size_from_environment
 from megatron_amd.distributed.layout import check_world_size
 from megatron_amd.errors import InputError
@@ -25,7 +25,7 @@ from megatron_amd.training.rehearsal import RankBatch, StageUse, rank_batch, reh
 from megatron_amd.training.setup import check_megatron_settings
 
 ROLES = ("teacher", "student", "critic")
-COLUMNS = 8
+COLUMNS = 7
 """Pipeline stages side by side."""
 LABEL = 26
 """Width of a line's name."""
@@ -83,10 +83,12 @@ def plan_run(config: Config, world_size: int | None) -> RunPlan:
     check_batch_split(config, world_size)
     implementation = _implementation(config, must_exist=launched)
     models = plan_models(config, None, implementation="local")
-    playable = replace(config, training=replace(config.training, precision=_playable_precision(config)))
+    playable = config
+    if config.training.precision == "fp8":  # whose weights are kept in bf16; the local layers cannot compute in it
+        playable = replace(config, training=replace(config.training, precision="bf16"))
     uses = []
     for stage in range(stages):
-        with fake_world(config, world_size, rank=stage * (world_size // stages)) as layout:
+        with fake_world(config, world_size, rank=stage * (world_size // stages)) as layout, on_meta():
             if stage == 0:
                 check_megatron_settings(config, models, layout)
                 batch = rank_batch(config, layout)
@@ -107,11 +109,6 @@ def _implementation(config: Config, must_exist: bool) -> str:
         return "Transformer Engine"
     auto = training.transformer_impl == "auto"
     return "Megatron-Core local" + (" (Transformer Engine on GPUs that have it)" if auto else "")
-
-
-def _playable_precision(config: Config) -> str:
-    """FP8 weights are kept in bf16, and the local layers cannot compute in FP8."""
-    return "bf16" if config.training.precision == "fp8" else config.training.precision
 
 
 def describe(plan: RunPlan) -> str:
@@ -143,7 +140,10 @@ def _layout(plan: RunPlan) -> str:
         _line("layers", plan.implementation),
     ]
     for name, groups in rank_groups(tensor, stages, data).items():
-        lines.append(_line(f"{name} groups", f"{_count(len(groups), 'group')} of {len(groups[0])}: {_shown(groups)}"))
+        if len(groups[0]) > 1:
+            lines.append(
+                _line(f"{name} groups", f"{_count(len(groups), 'group')} of {len(groups[0])}: {_shown(groups)}")
+            )
     return "\n".join(lines)
 
 
@@ -231,7 +231,7 @@ def _batch(plan: RunPlan) -> str:
     )
     lines = [
         "Batch of one iteration",
-        _line("prompts", f"{config.training.global_batch_size:,} = {plan.data} replicas x {batch.prompts:,}"),
+        _line("prompts", f"{config.training.global_batch_size:,} = {_count(plan.data, 'replica')} x {batch.prompts:,}"),
         _line("sequences", f"{off + on:,} = " + " + ".join(kinds)),
         _line("longest sequence", f"{prompt + response:,} tokens = prompt {prompt:,} + response {response:,}"),
         _line("micro-batches", micro),
@@ -273,13 +273,15 @@ _LESS = {
 
 def _notes(plan: RunPlan) -> str:
     shards = f"1/{plan.data} of them on each data-parallel rank" if plan.data > 1 else "all on each rank"
-    if not plan.config.training.ddp.get("use_distributed_optimizer", True):
+    config = plan.config
+    if not config.training.ddp.get("use_distributed_optimizer", True):
         shards = "all on each rank"
     return (
         "Held is exact; the rest is an estimate. Optimizer states: main weights in fp32 where the weights are not, and "
         f"two moments, {shards}. Activations: what is alive at the peak of a pass of one micro-batch of the longest "
         "sequences, played on meta tensors, plus what the other micro-batches in flight (1F1B) keep for their backward "
-        "passes. Not counted: the CUDA context, communication buffers, kernels' scratch memory, fragmentation."
+        "passes. Not counted: the CUDA context, communication buffers, kernels' scratch memory, fragmentation"
+        + (", FP8 copies of the weights (1 or 2 bytes a parameter)." if config.training.precision == "fp8" else ".")
     )
 
 
@@ -287,41 +289,40 @@ def _table(plan: RunPlan, first: int, stages: Sequence[StageUse]) -> list[str]:
     """The stages side by side."""
     span = plan.tensor * plan.data
 
-    def row(label: str, cell: Callable[[int, StageUse], str], indent: int = 2) -> str:
-        cells = "".join(f"{cell(first + i, stage):>13}" for i, stage in enumerate(stages))
-        return f"{' ' * indent}{label:<{LABEL - indent}}{cells}"
+    def row(label: str, cells: Sequence[str], indent: int = 2) -> str:
+        return f"{' ' * indent}{label:<{LABEL - indent}}" + "".join(f"{cell:>13}" for cell in cells)
 
     def gib(label: str, size: Callable[[StageUse], int], indent: int = 4) -> list[str]:
         """A row in GiB, left out where it is zero on all stages."""
-        return [row(label, lambda _, s: _gib(size(s)), indent)] if any(size(stage) for stage in stages) else []
+        sizes = [size(stage) for stage in stages]
+        return [row(label, [_gib(size) for size in sizes], indent)] if any(sizes) else []
+
+    def of_role(role: str, kind: str) -> Callable[[StageUse], int]:
+        return lambda stage: getattr(stage.roles[role], kind)
+
+    def of_part(part: str, kind: str) -> Callable[[StageUse], int]:
+        return lambda stage: stage.parts[part][kind]
 
     roles = [role for role in ROLES if role in stages[0].roles]
     rule = " " * LABEL + "".join(f"{'-' * 11:>13}" for _ in stages)
-    lines = [row("Each rank of", lambda i, _: f"stage {i}", 0)]
-    lines.append(row("ranks", lambda i, _: _ranks(range(i * span, (i + 1) * span))))
-    lines += [
-        row(f"{role} layers", lambda _, s, role=role: _span(s.roles[role].layers))
-        for role in roles
-        if stages[0].roles[role].layers
-    ]
+    lines = [row("Each rank of", [f"stage {first + i}" for i in range(len(stages))], 0)]
+    lines.append(row("ranks", [_ranks(range((first + i) * span, (first + i + 1) * span)) for i in range(len(stages))]))
+    for role in roles:
+        if stages[0].roles[role].layers:
+            lines.append(row(f"{role} layers", [_span(stage.roles[role].layers) for stage in stages]))
     lines.append("  parameters")
-    lines += [row(role, lambda _, s, role=role: _amount(s.roles[role].parameters), 4) for role in roles]
-    lines.append("  GiB of weights")
-    for role in roles:
-        lines += gib(role, lambda s, role=role: s.roles[role].weights)
-    lines.append("  GiB of gradients")
-    for role in roles:
-        lines += gib(role, lambda s, role=role: s.roles[role].gradients)
-    lines.append("  GiB of optimizer states")
-    for role in roles:
-        lines += gib(role, lambda s, role=role: s.roles[role].optimizer)
-    lines += [rule, *gib("held all the time", lambda s: s.held, 2)]
-    lines.append(row("micro-batches in flight", lambda _, s: str(s.in_flight)))
+    lines += [row(role, [_amount(stage.roles[role].parameters) for stage in stages], 4) for role in roles]
+    for title, kind in (("weights", "weights"), ("gradients", "gradients"), ("optimizer states", "optimizer")):
+        lines.append(f"  GiB of {title}")
+        for role in roles:
+            lines += gib(role, of_role(role, kind))
+    lines += [rule, *gib("held all the time", lambda stage: stage.held, 2)]
+    lines.append(row("micro-batches in flight", [str(stage.in_flight) for stage in stages]))
     for part in stages[0].parts:
         lines.append(f"  + GiB in the {part}")
         for kind in stages[0].parts[part]:
-            lines += gib(kind, lambda s, part=part, kind=kind: s.parts[part][kind])
-    lines += [rule, *gib("GiB at the peak", lambda s: s.peak, 2)]
+            lines += gib(kind, of_part(part, kind))
+    lines += [rule, *gib("GiB at the peak", lambda stage: stage.peak, 2)]
     return lines
 
 

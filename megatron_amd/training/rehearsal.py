@@ -1,8 +1,8 @@
-"""One iteration played on meta tensors, to see that shapes agree and how much memory it would take.
+"""One iteration played for its shapes and its memory, usually on meta tensors (distributed/fake.py).
 
 Every model is the real one, with its gradient buffers and optimizer, and the passes are those of rollout/ and steps.py,
-with one micro-batch of the longest sequences the settings allow. Nothing has data, so nothing is computed. Layers are
-Megatron-Core's own: Transformer Engine's need a GPU, and have the same parameters.
+with one micro-batch of the longest sequences that the settings allow and no meaning. On real tensors it plays as well,
+which is how its numbers are tested.
 
 Shapes: b sequences in a micro-batch, S tokens in a sequence, N states (response positions) in a micro-batch.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_amd.batch import Batch, MicroBatch
 from megatron_amd.config import Config
-from megatron_amd.distributed.fake import LiveBytes, on_meta
+from megatron_amd.distributed.fake import LiveBytes
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.models.attention import kv_cache
 from megatron_amd.models.critic import HeadCritic, TrunkCritic
@@ -135,16 +135,16 @@ class StageUse:
 
 
 def rehearse(config: Config, plan: ModelPlan, batch: RankBatch, layout: Layout) -> StageUse:
-    """Build and play this rank's stage. Belongs inside a `fake_world`.
+    """Build and play this rank's stage. Collective, where there are other ranks.
 
     Args:
-        config: of the models: a precision that the local layers can have.
-        plan: with the local implementation.
+        config: for meta tensors with a precision that the local layers have.
+        plan: for meta tensors with the local implementation; Transformer Engine's layers need a GPU. Their parameters
+            are the same.
         batch: what the replica works on.
-        layout: the fake world's.
+        layout: this rank's.
     """
-    with on_meta():
-        return _Stage(config, plan, batch, layout).play()
+    return _Stage(config, plan, batch, layout).play()
 
 
 class _Stage:
@@ -160,10 +160,10 @@ class _Stage:
         critic = build_critic(config, plan, layout) if with_critic else None
         self.players = Players(config, layout, vocabulary, teacher, student, critic=critic)
         self.roles = {"student": _role_use(student, layout), "teacher": _role_use(teacher, layout)}
-        self.student = self._train("student", student, config.training.optim)
+        self.trained_student = self._train("student", student, config.training.optim)
         if critic is not None:
             self.roles["critic"] = _role_use(critic, layout)
-            self.critic = self._train("critic", critic, config.critic.optim)
+            self.trained_critic = self._train("critic", critic, config.critic.optim)
         self.in_flight = min(layout.pp_size - layout.pp_rank, batch.num_microbatches)
 
     def _train(self, role: str, model: Model, optim: Any) -> DistributedDataParallel:
@@ -221,10 +221,11 @@ class _Stage:
             vocab_size=self.players.vocabulary.size, eos_ids=(0,), seed=0, max_response_length=length, temperature=1.0,
             top_k=0, top_p=1.0,
         )  # fmt: skip
-        lengths = torch.full((rows,), width, dtype=torch.int64)
+        lengths = torch.full((rows,), width, dtype=torch.int64, device=self.layout.device)
+        noise = torch.full((rows,), 0.5, dtype=torch.float64, device=self.layout.device)
         with LiveBytes() as live, generation_mode(model), kv_cache(model, rows, width + length) as cache:
             hidden = prefill(model, cache, [[0] * width] * rows, lengths, self.layout)
-            next_tokens(model, hidden, torch.empty(rows, dtype=torch.float64), self.layout, sampling)
+            next_tokens(model, hidden, noise, self.layout, sampling)
             cached = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
         return {"key-value cache": cached, "activations": live.peak - cached}
 
@@ -233,10 +234,10 @@ class _Stage:
         b, count = self.batch.micro_batch_size, self.batch.states_per_microbatch
 
         def indices() -> Tensor:
-            return torch.empty(count, dtype=torch.int64)
+            return torch.zeros(count, dtype=torch.int64, device=self.layout.device)
 
         microbatch = MicroBatch(
-            tokens=torch.empty(b, self.batch.width, dtype=torch.int64),
+            tokens=torch.zeros(b, self.batch.width, dtype=torch.int64, device=self.layout.device),
             on_policy=self.config.objective.beta < 1,
             state_rows=indices(),
             state_columns=indices(),
@@ -244,13 +245,13 @@ class _Stage:
             steps=indices(),
         )
         student, teacher = (self._states_of(model) for model in (self.players.student, self.players.teacher))
-        return Batch([microbatch], [torch.empty(count)], {}, student, teacher)
+        return Batch([microbatch], [torch.ones(count, device=self.layout.device)], {}, student, teacher)
 
     def _states_of(self, model: CausalLM) -> list[Tensor] | None:
         if not self.layout.is_last_stage:
             return None
         shape = (self.batch.states_per_microbatch, model.config.hidden_size)
-        return [torch.empty(shape, dtype=model.config.params_dtype)]
+        return [torch.zeros(shape, dtype=model.config.params_dtype, device=self.layout.device)]
 
     def _play_critic_step(self) -> dict[str, int]:
         critic = self.players.critic
@@ -272,7 +273,7 @@ class _Stage:
             return value
 
         if isinstance(critic, TrunkCritic):
-            return self._play_pass(self.critic, critic, batch.microbatches[0], loss)
+            return self._play_pass(self.trained_critic, critic, batch.microbatches[0], loss)
         with LiveBytes() as live:
             if self.layout.is_last_stage:
                 torch.autograd.backward(loss(None))
@@ -281,13 +282,13 @@ class _Stage:
     def _play_student_step(self, name: str) -> dict[str, int]:
         batch = self._synthetic_batch()
         critic = self.players.critic
-        own = (self._states_of(critic) or [None])[0] if isinstance(critic, TrunkCritic) else None
+        own = self._states_of(critic) if isinstance(critic, TrunkCritic) else None
 
         def loss(states: Tensor) -> Tensor:
             value, _ = student_loss(
                 self.players.student_head(states),
                 self.players.teacher_head(batch, 0) if name != "sft" else None,
-                self.players.critic_head(batch, 0, own) if name == "amm" else None,
+                self.players.critic_head(batch, 0, own[0] if own else None) if name == "amm" else None,
                 objective=name,
                 targets=batch.microbatches[0].targets,
                 weights=batch.weights[0],
@@ -297,7 +298,7 @@ class _Stage:
             )
             return value
 
-        return self._play_pass(self.student, self.players.student, batch.microbatches[0], loss)
+        return self._play_pass(self.trained_student, self.players.student, batch.microbatches[0], loss)
 
     def _play_pass(
         self, wrapped: DistributedDataParallel, model: CausalLM, microbatch: MicroBatch, loss: Callable[..., Tensor]
@@ -328,8 +329,8 @@ class _Stage:
         b, width = microbatch.tokens.shape
         split = self.layout.tp_size if self.layout.sequence_parallel else 1
         shape = (width // split, b, model.config.hidden_size)
-        hidden = torch.empty(shape, dtype=model.config.pipeline_dtype, requires_grad=requires_grad)
-        model.set_input_tensor([hidden])
+        hidden = torch.zeros(shape, dtype=model.config.pipeline_dtype, device=self.layout.device)
+        model.set_input_tensor([hidden.requires_grad_(requires_grad)])
 
     def _play_measuring(self) -> dict[str, int]:
         """A forward pass of the teacher, then both models' statistics."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_amd.checkpoint.hf import check_hf_weights
+from megatron_amd.checkpoint.hf import check_export_folder, check_hf_weights
 from megatron_amd.config import Config
 from megatron_amd.data import (
     PromptDataset,
@@ -46,6 +46,8 @@ def set_up(config: Config, layout: Layout, warn: object = print) -> tuple[Traine
     """
     with agreed():
         _check_directory(config)
+        if config.checkpoint.export:
+            check_export_folder(Path(config.run.directory) / "student")
         for role, model in (("student", config.student), ("teacher", config.teacher)):
             role_architecture(model, role)  # first, so that a wrong path is not taken for a missing tokenizer
         tokenizer = _shared_tokenizer(config)

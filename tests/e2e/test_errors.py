@@ -192,3 +192,15 @@ def test_a_mistake_on_another_node_is_not_silent(
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(arguments) == 2
     assert capsys.readouterr().err == ""
+
+
+def test_ranks_that_cannot_meet(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when somebody sets RANK without torchrun, or a node is out of reach."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["--config", str(files / "run.yaml")]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: parallel: the 1 ranks did not find each other (")
+    assert line.count("\n") == 1
