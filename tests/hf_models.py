@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 from megatron_amd.config import ParallelConfig, TrainingConfig
+from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import Layout, build_layout
 from megatron_amd.models.architecture import Architecture, load_architecture
 from megatron_amd.models.gpt import CausalLM, build_gpt, transformer_config
@@ -82,6 +83,7 @@ def build_megatron(
     if layers is not None:
         architecture = architecture.with_layers(layers)
     layout = layout or build_layout(parallel, torch.device("cpu"))
+    set_seeds(1, layout)
     config = transformer_config(architecture, TrainingConfig(precision=precision), layout, {}, "model")
     model = build_gpt(architecture, config, layout, "local", PADDED_VOCAB)
     for parameter in model.parameters():  # a value that loading must overwrite

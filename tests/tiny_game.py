@@ -19,8 +19,7 @@ from megatron_amd.models.roles import build_critic, build_model, plan_models
 from megatron_amd.training.collect import make_batch
 from megatron_amd.training.first_weights import fill_critic
 from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
-from megatron_amd.training.setup import build_players
-from megatron_amd.training.steps import Players
+from megatron_amd.training.players import Players, build_players
 from tests.dense_game import Sequences, critic_head
 
 

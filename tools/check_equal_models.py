@@ -44,12 +44,11 @@ from megatron_amd.distributed.layout import Layout
 from megatron_amd.distributed.quiet import silence_known_warnings
 from megatron_amd.distributed.schedule import forward_backward
 from megatron_amd.errors import InputError
-from megatron_amd.models.roles import ModelPlan, build_critic, plan_models
+from megatron_amd.models.roles import ModelPlan, plan_models
 from megatron_amd.training.collect import OFF, ON, make_batch, off_policy_responses, student_responses
-from megatron_amd.training.first_weights import fill_critic
 from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
-from megatron_amd.training.setup import build_players
-from megatron_amd.training.steps import Players, coefficient, critic_step, measure, student_step
+from megatron_amd.training.players import Players, build_players, enter_critic
+from megatron_amd.training.steps import coefficient, critic_step, measure, student_step
 
 # isort: split
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
@@ -64,7 +63,7 @@ TEXTS = (
     "How many minutes are there in two hours?",
 )
 DISTANCES = {"kl": "KL(p||q)", "rkl": "KL(q||p)", "js": "JS", "tv": "TV"}
-CRITICS = {
+CRITICS: dict[str, dict[str, Any]] = {
     "zero heads": {"head_init": "zero", "prior": "none"},
     "prior alone": {"head_init": "zero", "prior": "log_ratio"},
     "random critic": {"head_init": "random", "prior": "none"},
@@ -217,7 +216,8 @@ def checks(players: Players, plan: ModelPlan, batch: Batch) -> Iterator[Check]:
         yield Check(f"student's gradient of {symbol}", student_gradient(players, batch, name) / sft, gradient)
     for label, start in CRITICS.items():
         set_objective(players, policy_gradient="per_step", estimator="sampled")
-        enter_critic(players, plan, start)
+        players.config = replace(players.config, critic=replace(players.config.critic, **start))
+        enter_critic(players, plan, total_steps=1)
         sampled = critic_step(players, batch)[0].grad_norm
         set_objective(players, policy_gradient="per_step", estimator="full_vocabulary")
         step, _, moments = critic_step(players, batch)
@@ -244,16 +244,6 @@ def student_gradient(players: Players, batch: Batch, name: str) -> float:
 def set_objective(players: Players, **changes: Any) -> None:
     """Play on with other settings of the objective."""
     players.config = replace(players.config, objective=replace(players.config.objective, **changes))
-
-
-def enter_critic(players: Players, plan: ModelPlan, start: dict[str, Any]) -> None:
-    """A new critic with these settings of its first weights."""
-    config = players.config = replace(players.config, critic=replace(players.config.critic, **start))
-    players.critic = critic = build_critic(config, plan, players.layout)
-    with agreed():
-        fill_critic(critic, config, players.student, players.teacher)
-    model = wrap_for_training(critic, players.layout, {**config.training.ddp, "overlap_grad_reduce": False})
-    players.critic_optimization = build_optimization(model, config.critic.optim, players.layout, 1, "critic.optim")
 
 
 def literal_gradient(players: Players, batch: Batch) -> tuple[list[Tensor], float]:

@@ -50,8 +50,8 @@ def initialize(config: Config) -> Layout:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     except (RuntimeError, ValueError) as error:  # timeouts, addresses and ports, variables that are not set
         raise InputError(
-            f"parallel: the {world_size} ranks did not find each other ({first_line(error)}); start them with torchrun, "
-            "and see that every node reaches the others"
+            f"parallel: the {world_size} ranks did not find each other ({first_line(error)}); start them with "
+            "torchrun, and see that every node reaches the others"
         ) from error
     layout = build_layout(config.parallel, device)
     set_seeds(config.run.seed, layout)

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from megatron_amd.batch import Prompts, Rollouts
 from megatron_amd.rollout.generate import generate
 from megatron_amd.training.collect import OFF, ON, make_batch, noise_seed
-from megatron_amd.training.steps import Players, measure
+from megatron_amd.training.players import Players
+from megatron_amd.training.steps import measure
 
 
 class HeldOut:

@@ -15,7 +15,7 @@ from megatron_amd.distributed.schedule import forward_states
 from megatron_amd.models.layer_specs import fp8_multiple
 from megatron_amd.objectives.moments import discount_weights
 from megatron_amd.rollout.generate import generate
-from megatron_amd.training.steps import Players
+from megatron_amd.training.players import Players
 
 OFF, ON = False, True
 """Keys for the two kinds of states: the teacher's (or the data's) and the student's own."""

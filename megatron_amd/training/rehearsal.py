@@ -29,7 +29,7 @@ from megatron_amd.objectives.vocab_parallel import Vocabulary
 from megatron_amd.rollout.generate import Sampling, generation_mode, next_tokens, prefill
 from megatron_amd.training.collect import padded_width
 from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
-from megatron_amd.training.steps import Players
+from megatron_amd.training.players import Players
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel
@@ -181,7 +181,8 @@ class _Stage:
         """All parts of an iteration."""
         use = StageUse(self.roles, self.in_flight)
         sizes = [self.players.student.config.hidden_size, self.players.teacher.config.hidden_size]
-        states = self._states_bytes(self.batch.num_states, *sizes)
+        seen = sizes if self.config.objective.name == "amm" else sizes[1:]  # only a critic looks at the student's
+        states = self._states_bytes(self.batch.num_states, *seen)
         trunk = self.players.critic.config.hidden_size if isinstance(self.players.critic, TrunkCritic) else 0
         own = self._states_bytes(self.batch.num_states, trunk)
         name = self.config.objective.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_amd.checkpoint.hf import check_export_folder, check_hf_weights
@@ -23,19 +24,17 @@ from megatron_amd.errors import InputError
 from megatron_amd.evaluation.distances import HeldOut
 from megatron_amd.models.roles import (
     ModelPlan,
-    build_model,
     plan_models,
     role_architecture,
     role_transformer_config,
 )
-from megatron_amd.objectives.vocab_parallel import Vocabulary
-from megatron_amd.training.first_weights import fill_model, freeze, has_pretrained_weights
+from megatron_amd.training.first_weights import has_pretrained_weights
 from megatron_amd.training.optimizer import ddp_config, optimizer_config
-from megatron_amd.training.steps import Players
+from megatron_amd.training.players import build_players
 from megatron_amd.training.trainer import Trainer, find_checkpoint
 
 
-def set_up(config: Config, layout: Layout, warn: object = print) -> tuple[Trainer, Tokenizer]:
+def set_up(config: Config, layout: Layout, warn: Callable[[str], None] = print) -> tuple[Trainer, Tokenizer]:
     """Check the run directory, tokenizer, models and data, then build the models and the trainer. Collective.
 
     Args:
@@ -68,19 +67,6 @@ def set_up(config: Config, layout: Layout, warn: object = print) -> tuple[Traine
         loader.load_state_dict(checkpoint[1]["loader"])  # raises where the data has changed
     players = build_players(config, plan, layout)
     return Trainer(config, plan, players, loader, tokenizer.eos_ids, held_out, checkpoint), tokenizer
-
-
-def build_players(config: Config, plan: ModelPlan, layout: Layout) -> Players:
-    """Teacher and student with their first weights."""
-    student = build_model("student", config, plan, layout)
-    teacher = build_model("teacher", config, plan, layout)
-    with agreed():
-        fill_model(student, "student", config.student, plan.student, config.run.seed)
-        fill_model(teacher, "teacher", config.teacher, plan.teacher, config.run.seed)
-    freeze(teacher)
-    rows = plan.padded_vocab_size // layout.tp_size
-    vocabulary = Vocabulary(size=plan.vocab_size, shard_start=layout.tp_rank * rows, group=layout.groups.tp)
-    return Players(config=config, layout=layout, vocabulary=vocabulary, teacher=teacher, student=student)
 
 
 def _check_directory(config: Config) -> None:
@@ -131,7 +117,7 @@ def _check_weights(config: Config, plan: ModelPlan) -> None:
 
 
 def _open_data(
-    config: Config, tokenizer: Tokenizer, layout: Layout, warn: object
+    config: Config, tokenizer: Tokenizer, layout: Layout, warn: Callable[[str], None]
 ) -> tuple[PromptDataset, HeldOut | None]:
     off_policy = config.objective.beta > 0 or (config.warmup.steps > 0 and config.warmup.beta > 0)
     train = load_rows(
@@ -140,7 +126,7 @@ def _open_data(
         tokenizer,
         responses=config.rollout.off_policy == "data" and off_policy,
         max_response_length=config.rollout.max_response_length,
-        warn=warn,  # type: ignore[arg-type]
+        warn=warn,
     )
     count = config.evaluation.prompts
     if not count:

@@ -5,73 +5,20 @@ Symbols as in docs/algorithm.md: p teacher, q student, f_1 and f_2 the critic's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_amd.batch import Batch, MicroBatch, from_grid, to_grid
-from megatron_amd.config import Config
 from megatron_amd.distributed.layout import Layout
-from megatron_amd.distributed.schedule import backward_without_trunk, forward_backward, forward_states
-from megatron_amd.models.critic import SIGNS, HeadCritic, TrunkCritic
-from megatron_amd.models.gpt import CausalLM
-from megatron_amd.objectives.fused_head import (
-    CriticHead,
-    Head,
-    TokenStatistics,
-    critic_loss,
-    head_statistics,
-    student_loss,
-)
+from megatron_amd.distributed.schedule import backward_without_trunk, forward_backward
+from megatron_amd.models.critic import TrunkCritic
+from megatron_amd.objectives.fused_head import TokenStatistics, critic_loss, head_statistics, student_loss
 from megatron_amd.objectives.moments import policy_gradient_scores
-from megatron_amd.objectives.vocab_parallel import Vocabulary
-from megatron_amd.training.optimizer import Optimization, StepResult
+from megatron_amd.training.optimizer import StepResult
+from megatron_amd.training.players import Players
 from megatron_amd.training.statistics import batch_metrics, share_sums
-
-
-@dataclass
-class Players:
-    """Everybody in the game on this rank."""
-
-    config: Config
-    layout: Layout
-    vocabulary: Vocabulary
-    teacher: CausalLM
-    student: CausalLM
-    student_optimization: Optimization | None = None
-    critic: TrunkCritic | HeadCritic | None = None
-    """None before the main game, and where the objective has no critic."""
-    critic_optimization: Optimization | None = None
-
-    def student_head(self, states: Tensor) -> Head:
-        return Head(states, self.student.head_weight())
-
-    def teacher_head(self, batch: Batch, index: int) -> Head:
-        assert batch.teacher_states is not None
-        return Head(batch.teacher_states[index], self.teacher.head_weight())
-
-    def critic_head(self, batch: Batch, index: int, own_states: Tensor | None) -> CriticHead:
-        """The critic's head for a micro-batch; `own_states` [N, H] come from its trunk, if it has one."""
-        assert self.critic is not None and batch.student_states is not None and batch.teacher_states is not None
-        states = {"own": own_states, "teacher": batch.teacher_states[index], "student": batch.student_states[index]}
-        weights = self.critic.head_weights(batch.microbatches[index].on_policy)
-        c = self.config.critic
-        return CriticHead(
-            terms=tuple((states[name], weight, SIGNS[name]) for name, weight in weights.items()),  # type: ignore[misc]
-            bound=c.bound,
-            squash=c.squash,
-            center=c.center,
-            prior=c.prior,
-            prior_scale=c.prior_scale,
-        )
-
-    def critic_states(self, batch: Batch) -> list[Tensor] | None:
-        """Final states of the critic's own trunk under its current weights; None for a critic without one."""
-        if not isinstance(self.critic, TrunkCritic):
-            return None
-        return forward_states(self.critic, batch.microbatches, self.layout)
 
 
 def coefficient(microbatch: MicroBatch, beta: float) -> float:

@@ -17,15 +17,15 @@ from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
 from megatron_amd.evaluation.distances import HeldOut
-from megatron_amd.models.roles import ModelPlan, build_critic
+from megatron_amd.models.roles import ModelPlan
 from megatron_amd.training.collect import OFF, ON, make_batch, off_policy_responses, response_metrics, student_responses
-from megatron_amd.training.first_weights import fill_critic
 from megatron_amd.training.journal import Journal
 from megatron_amd.training.metrics import Timers
 from megatron_amd.training.optimizer import build_optimization, wrap_for_training
+from megatron_amd.training.players import Players, enter_critic
 from megatron_amd.training.signals import StopSignals
 from megatron_amd.training.statistics import memory_metrics
-from megatron_amd.training.steps import Players, critic_step, measure, student_step
+from megatron_amd.training.steps import critic_step, measure, student_step
 
 
 @dataclass
@@ -40,9 +40,10 @@ class Progress:
     """Critic steps done in the current iteration: the place inside K."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the current iteration so far."""
-    skipped_student_steps: int = 0
-    skipped_critic_steps: int = 0
-    nonfinite_in_a_row: int = 0
+    skipped: dict[str, int] = field(default_factory=lambda: {"student": 0, "critic": 0})
+    """Steps of each player that were skipped for a gradient that was not finite."""
+    skipped_in_a_row: dict[str, int] = field(default_factory=lambda: {"student": 0, "critic": 0})
+    """The same since the player's last step that was not."""
 
 
 class Trainer:
@@ -211,18 +212,16 @@ class Trainer:
         """Count the steps skipped for a gradient that is not finite; stop the run when they do not end."""
         progress = self.progress
         if applied:
-            progress.nonfinite_in_a_row = 0
+            progress.skipped_in_a_row[player] = 0
             return
-        progress.nonfinite_in_a_row += 1
-        if player == "critic":
-            progress.skipped_critic_steps += 1
-        else:
-            progress.skipped_student_steps += 1
-        if progress.nonfinite_in_a_row >= self.config.training.max_nonfinite_steps:
+        progress.skipped[player] += 1
+        progress.skipped_in_a_row[player] += 1
+        count = progress.skipped_in_a_row[player]
+        if count >= self.config.training.max_nonfinite_steps:
             raise InputError(
-                f"{progress.nonfinite_in_a_row} steps in a row had a gradient that is not finite, the last one the "
-                f"{player}'s in iteration {progress.iteration + 1} of the {progress.phase} phase; lower the learning "
-                "rates, or look at the data there"
+                f"{count} {player} steps in a row had a gradient that is not finite, the last one in iteration "
+                f"{progress.iteration + 1} of the {progress.phase} phase; lower the learning rates, or look at the "
+                "data there"
             )
 
     def _finish_iteration(self) -> None:
@@ -238,8 +237,8 @@ class Trainer:
         )
         counts = {
             "throughput/tokens_per_second": tokens / times["time/iteration"],
-            "train/skipped_student_steps": progress.skipped_student_steps,
-            "train/skipped_critic_steps": progress.skipped_critic_steps,
+            "train/skipped_student_steps": progress.skipped["student"],
+            "train/skipped_critic_steps": progress.skipped["critic"],
         }
         memory = memory_metrics(self.players.layout)
         self.journal.write(progress.phase, progress.iteration, metrics | times | counts | memory)
@@ -262,20 +261,13 @@ class Trainer:
     def _enter_main_game(self) -> None:
         """Bring in the critic, started from the models as they are, and give the student a fresh optimizer."""
         players, config = self.players, self.config
+        players.student_optimization = None  # the warm-up's, before the next is built
         players.student_optimization = build_optimization(
             self._student, config.training.optim, players.layout, config.training.steps, "training.optim"
         )
-        if config.objective.name != "amm":
-            return
-        players.critic = critic = build_critic(config, self.plan, players.layout)
-        with agreed():
-            fill_critic(critic, config, players.student, players.teacher)
-        # A micro-batch trains one of the two heads: a bucket that waits for both would never be reduced.
-        model = wrap_for_training(critic, players.layout, {**config.training.ddp, "overlap_grad_reduce": False})
-        steps = self.phases["critic"] + self.phases["main"] * config.objective.critic_steps
-        players.critic_optimization = build_optimization(
-            model, config.critic.optim, players.layout, steps, "critic.optim"
-        )
+        if config.objective.name == "amm":
+            steps = self.phases["critic"] + self.phases["main"] * config.objective.critic_steps
+            enter_critic(players, self.plan, steps)
 
     def _start(self, resume_from: Checkpoint | None) -> None:
         config, players = self.config, self.players

@@ -19,7 +19,8 @@ from megatron_amd.checkpoint.hf import load_hf_weights
 from megatron_amd.config import Config, ParallelConfig, config_to_yaml
 from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import build_layout
-from megatron_amd.models.roles import build_model, fill_model, plan_models
+from megatron_amd.models.roles import build_model, plan_models
+from megatron_amd.training.first_weights import fill_model
 from megatron_amd.training.optimizer import build_optimization, wrap_for_training
 from tests.distributed.runner import run_distributed
 from tests.hf_models import build_megatron, save_hf_model, state_dict
@@ -44,7 +45,7 @@ def save_checkpoint(config: Config, run: Path) -> None:
     set_seeds(config.run.seed, layout)
     plan = plan_models(config, None)
     model = build_model("student", config, plan, layout)
-    fill_model(model, "student", config.student, plan.student, config)
+    fill_model(model, "student", config.student, plan.student, config.run.seed)
     optimization = build_optimization(
         wrap_for_training(model, layout, {}), config.training.optim, layout, 5, "training.optim"
     )

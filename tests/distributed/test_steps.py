@@ -21,8 +21,9 @@ from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import Layout, build_layout
 from megatron_amd.errors import InputError
 from megatron_amd.objectives.fused_head import head_statistics
+from megatron_amd.training.players import Players
 from megatron_amd.training.setup import set_up
-from megatron_amd.training.steps import Players, critic_step, measure, student_step
+from megatron_amd.training.steps import critic_step, measure, student_step
 from megatron_amd.training.trainer import Trainer
 from tests import reference
 from tests.dense_game import fixed_sequences
@@ -341,7 +342,7 @@ def train_on_spoilt_batches(
     assert all(parameter.isfinite().all() for parameter in parameters)
     rows = (Path(config.run.directory) / "metrics.jsonl").read_text().splitlines()
     progress = trainer.progress
-    return message, progress.skipped_student_steps, progress.skipped_critic_steps, [json.loads(row) for row in rows]
+    return message, progress.skipped["student"], progress.skipped["critic"], [json.loads(row) for row in rows]
 
 
 def test_skipped_steps_are_counted_and_the_run_goes_on(files: Any, tmp_path: Path) -> None:
@@ -361,6 +362,6 @@ def test_a_run_stops_with_one_line_after_too_many_of_them(files: Any, tmp_path: 
         assert message is not None
         assert message == results[0][0]
         assert "\n" not in message
-        assert "3 steps in a row" in message
-        assert "the critic's in iteration 3 of the main phase" in message
-        assert (student, critic, len(rows)) == (1, 2, 2)
+        assert "3 critic steps in a row" in message
+        assert "iteration 4 of the main phase" in message
+        assert (student, critic, len(rows)) == (2, 3, 3)
