@@ -2,7 +2,7 @@
 
     python benchmarks/controls.py --inputs runs/demo/inputs --output runs/controls --seconds 75 --seeds 1 2 3
 
-For each seed: warm a student up once as the demo does, export it, and train it on from there with each control. A
+Warms a student up once, as the demo does, exports it, and trains it on from there with each control and seed. A
 control's number of iterations comes from a short timing run, so that all spend the same seconds in their main phase.
 Prints one row for each run and the means. Run it on an otherwise idle machine (docs/log.md has the figures).
 """
@@ -20,7 +20,12 @@ from typing import Any
 CONTROLS: dict[str, list[str]] = {
     "continued warm-up": ["objective.name=kl", "objective.beta=1"],
     "TV": ["objective.name=tv"],
-    "AMM, no prior": ["objective.name=amm", "critic.prior=none"],
+    "AMM, plain critic": [
+        "objective.name=amm",
+        "critic.prior=none",
+        "critic.features=pair",
+        "critic.head_init=lm_head",
+    ],
     "AMM, log-ratio prior": ["objective.name=amm", "critic.prior=log_ratio"],
 }
 DISTANCES = ("tv_off", "kl_off", "tv_on", "kl_on")
@@ -38,9 +43,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     steps: dict[str, int] = {}
+    start = options.output / "start"
+    run(options, start, options.seeds[0], ["training.steps=0", "objective.name=kl", "evaluation.prompts=0"])
     for seed in options.seeds:
-        start = options.output / f"seed{seed}" / "start"
-        run(options, start, seed, ["training.steps=0", "objective.name=kl", "evaluation.prompts=0"])
         for name, overrides in CONTROLS.items():
             common = ["warmup.steps=0", f"student.path={start / 'student'}", "student.init.layers=null", *overrides]
             if name not in steps:
