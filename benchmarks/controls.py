@@ -1,6 +1,6 @@
 """What adversarial moment matching adds, against controls at equal seconds from the same warmed-up student.
 
-    python benchmarks/controls.py --inputs runs/demo/inputs --output runs/controls --seconds 75 --seeds 1 2 3
+    python benchmarks/controls.py training.precision=bf16 --inputs runs/demo/inputs --output runs/controls
 
 Warms a student up once, as the demo does, exports it, and trains it on from there with each control and seed. A
 control's number of iterations comes from a short timing run, so that all spend the same seconds in their main phase.
@@ -27,6 +27,7 @@ CONTROLS: dict[str, list[str]] = {
         "critic.head_init=lm_head",
     ],
     "AMM, log-ratio prior": ["objective.name=amm", "critic.prior=log_ratio"],
+    "AMM, prior, per_step": ["objective.name=amm", "critic.prior=log_ratio", "objective.policy_gradient=per_step"],
 }
 DISTANCES = ("tv_off", "kl_off", "tv_on", "kl_on")
 

@@ -38,6 +38,16 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def head(self, count: int) -> Prompts:
+        """The first `count` prompts, or all where there are fewer."""
+        return Prompts(
+            ids=self.ids[:count],
+            visits=self.visits[:count],
+            tokens=self.tokens[:count],
+            responses=None if self.responses is None else self.responses[:count],
+            texts=None if self.texts is None else self.texts[:count],
+        )
+
     def repeat(self, count: int) -> Prompts:
         """Each prompt `count` times in a row."""
 

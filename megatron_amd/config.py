@@ -514,11 +514,18 @@ def _check_objective(config: Config) -> None:
             "of the teacher; use full_vocabulary with responses from the data"
         )
     untruncated = rollout.temperature == 1 and rollout.top_k == 0 and rollout.top_p == 1
-    if amm and objective.beta < 1 and objective.policy_gradient != "per_step" and not untruncated:
-        raise InputError(
-            f"objective.policy_gradient: {objective.policy_gradient} is unbiased only for rollout.temperature 1, "
-            "top_k 0 and top_p 1; use those, or policy_gradient: per_step"
-        )
+    if amm and objective.beta < 1 and not untruncated:
+        for name, value, other in (
+            ("policy_gradient", objective.policy_gradient, "per_step"),
+            ("estimator", objective.estimator, "full_vocabulary"),
+        ):
+            if value != other:
+                raise InputError(
+                    f"objective.{name}: {value} is unbiased only for rollout.temperature 1, top_k 0 and top_p 1; use "
+                    f"those, or {name}: {other}"
+                )
+    if amm and config.critic.tightness_threshold is not None and not objective.critic_steps:
+        raise InputError("critic.tightness_threshold: needs objective.critic_steps of at least 1")
     has_responses = config.data.response_field or config.data.messages_field
     if rollout.off_policy == "data" and not has_responses and _uses_off_policy(config):
         raise InputError("rollout.off_policy: data needs data.response_field or data.messages_field")

@@ -55,7 +55,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
         state = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file}: is damaged ({error}); {_ADVICE}") from None
-    kinds = {"format": int, "step": int, "roles": dict, "fingerprint": dict, "files": dict}
+    kinds: dict[str, type] = {"format": int, "step": int, "roles": dict, "fingerprint": dict, "files": dict}
     for key, kind in kinds.items():
         if not isinstance(state, dict) or not isinstance(state.get(key), kind):
             raise InputError(f"{file}: is damaged (it has no {key}); {_ADVICE}")

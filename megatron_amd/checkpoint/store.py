@@ -318,7 +318,7 @@ def check_fit(
         _check_role(path, state, name)
     differences = list(_differences(state["fingerprint"], json.loads(json.dumps(fingerprint)), ""))
     if differences:
-        raise InputError(f"{path}: is of another model: {', '.join(differences[:5])}; choose another run.directory")
+        raise InputError(f"{path}: does not fit this run: {', '.join(differences[:5])}; choose another run.directory")
     for name, layout in layouts.items():
         if layout is not None and state["roles"][name] != _layout_sizes(layout):
             saved, here = (
@@ -349,9 +349,13 @@ def _load_role(folder: Path, role: RoleState | None) -> None:
     parts = _parts(role.optimizer)
     states = [loaded["optimizer"]] if len(parts) == 1 else [loaded["optimizer"][index] for index in range(len(parts))]
     for part, state in zip(parts, states, strict=True):
+        own = [{name: value for name, value in group.items() if name != "params"} for group in part.param_groups]
         _load_optimizer(part, state)
-    role.scheduler.num_steps = 0  # loading adds the saved steps
-    role.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        # Rates, betas and decay are this run's settings; only the place in the schedule is the checkpoint's.
+        for group, settings in zip(part.param_groups, own, strict=True):
+            group.update({name: value for name, value in settings.items() if name != "step"})
+    role.scheduler.num_steps = 0
+    role.scheduler.step(loaded["opt_param_scheduler"]["num_steps"])
 
 
 def _read(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -365,17 +369,18 @@ def _read(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Restore one distributed optimizer.
+    """Restore one optimizer.
 
     Megatron-Core gives all parameters one tensor as their step count, which every parameter's update would then
     advance, and its reader of the moments expects no step count among them.
     """
     state = dict(state)
-    moments = state.pop("param_state")
+    moments = state.pop("param_state", None)  # absent without training.ddp's use_distributed_optimizer
     optimizer.load_state_dict(state)
     states = list(optimizer.optimizer.state.values())
     steps = [state.pop("step", None) for state in states]
-    optimizer.load_parameter_state_from_fully_reshardable(moments)
+    if moments is not None:
+        optimizer.load_parameter_state_from_fully_reshardable(moments)
     for state, step in zip(states, steps, strict=True):
         if step is not None:
             state["step"] = step.clone()

@@ -29,53 +29,63 @@ class HeldOut:
         self._eos_ids = eos_ids
         self._decode = decode
         self._teacher_responses: Rollouts | None = None  # the teacher never changes
+        self._teacher_answers: Rollouts | None = None
 
     def evaluate(self, players: Players) -> dict[str, Any]:
         """Measure. Collective.
 
         Returns:
             {"tv_off", "kl_off", "tv_on", "kl_on"}: means over response tokens, nats for KL; "prompts": how many;
-            "samples": [{"prompt", "teacher", "student"}] of the first few prompts. Equal on all ranks.
+            "samples": [{"prompt", "teacher", "student"}], the likeliest answers to the first few prompts. Equal on all
+            ranks.
         """
-        config, layout = players.config, players.layout
         if self._teacher_responses is None:
             self._teacher_responses = self._respond(players, players.teacher, "held-out teacher")
         student_responses = self._respond(players, players.student, "held-out student")
         batch = make_batch(players, {OFF: self._teacher_responses, ON: student_responses})
         distances = measure(players, batch)
-        count = torch.tensor([len(self._prompts)], dtype=torch.int64, device=layout.device)
-        dist.all_reduce(count, group=layout.groups.dp)
+        count = torch.tensor([len(self._prompts)], dtype=torch.int64, device=players.layout.device)
+        dist.all_reduce(count, group=players.layout.groups.dp)
         return {
             **{name: distances[f"distance/{name}"] for name in ("tv_off", "kl_off", "tv_on", "kl_on")},
             "prompts": int(count.item()),
-            "samples": self._samples(players, student_responses, config.evaluation.samples),
+            "samples": self._samples(players),
         }
 
-    def _respond(self, players: Players, model: torch.nn.Module, stream: str) -> Rollouts:
+    def _samples(self, players: Players) -> list[dict[str, str]]:
+        """Greedy answers of both models to the first prompts of all replicas together."""
+        count, layout = players.config.evaluation.samples, players.layout
+        first = self._prompts.head(count)
+        texts = first.texts or ()
+        if self._teacher_answers is None:
+            self._teacher_answers = self._respond(players, players.teacher, "samples", first, temperature=0)
+        answers = self._respond(players, players.student, "samples", first, temperature=0)
+        rows = zip(texts, self._teacher_answers.responses(), answers.responses(), strict=True)
+        mine = [
+            {"prompt": prompt, "teacher": self._decode(teacher).strip(), "student": self._decode(student).strip()}
+            for prompt, teacher, student in rows
+        ]
+        of_replicas: list[Any] = [None] * layout.dp_size
+        dist.all_gather_object(of_replicas, mine, group=layout.groups.dp)
+        return [sample for samples in of_replicas for sample in samples][:count]
+
+    def _respond(
+        self,
+        players: Players,
+        model: torch.nn.Module,
+        stream: str,
+        prompts: Prompts | None = None,
+        temperature: float = 1.0,
+    ) -> Rollouts:
         config = players.config
         return generate(
             model,
-            self._prompts,
+            self._prompts if prompts is None else prompts,
             layout=players.layout,
             vocab_size=players.vocabulary.size,
             eos_ids=self._eos_ids,
             seed=noise_seed(config.run.seed, stream),
             max_response_length=config.evaluation.max_response_length,
+            temperature=temperature,
             batch_size=config.rollout.batch_size,
         )
-
-    def _samples(self, players: Players, student: Rollouts, count: int) -> list[dict[str, str]]:
-        """Texts of the first prompts, from the first replica, the same on every rank."""
-        assert self._teacher_responses is not None and self._prompts.texts is not None
-        rows = zip(self._prompts.texts, self._teacher_responses.responses(), student.responses(), strict=True)
-        mine = [
-            {"prompt": prompt, "teacher": self._text(teacher), "student": self._text(answer)}
-            for prompt, teacher, answer in list(rows)[:count]
-        ]
-        shared = [mine]
-        source = dist.get_process_group_ranks(players.layout.groups.dp)[0]
-        dist.broadcast_object_list(shared, src=source, group=players.layout.groups.dp)
-        return shared[0]
-
-    def _text(self, tokens: list[int]) -> str:
-        return self._decode(tokens).strip()

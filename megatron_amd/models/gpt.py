@@ -6,6 +6,7 @@ Shapes: b sequences, S tokens, H hidden size, V_local head rows on this tensor-p
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 from typing import Any
 
@@ -94,6 +95,7 @@ def transformer_config(
         "params_dtype": torch.bfloat16 if half else torch.float32,
         "pipeline_dtype": torch.bfloat16 if half else torch.float32,
         "bf16": half,
+        "calculate_per_token_loss": True,  # gradients are sums; the losses carry their normalisation
     }
     settings: dict[str, Any] = {
         # Weights come from a folder or from `initialize_weights`, but Megatron-Core marks tensor-parallel parameters
@@ -101,7 +103,6 @@ def transformer_config(
         "init_method": leave,
         "output_layer_init_method": leave,
         "embedding_init_method": leave,
-        "calculate_per_token_loss": True,  # gradients are sums; the losses carry their normalisation
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
@@ -119,12 +120,18 @@ def transformer_config(
         raise InputError(f"{where}: Megatron-Core refuses this model: {first_line(error)}") from error
 
 
+def _has_fused_weight_gradients() -> bool:
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def _check_extra(extra: dict[str, Any], fixed: dict[str, Any], where: str) -> None:
     """Raise InputError for fields that do not exist, that are not supported, or that other settings decide."""
     known = TransformerConfig.__dataclass_fields__
     for name, value in extra.items():
         if name not in known:
             raise InputError(f"{where}.{name}: Megatron-Core's TransformerConfig has no such field")
+        if name == "gradient_accumulation_fusion" and value and not _has_fused_weight_gradients():
+            raise InputError(f"{where}.{name}: needs NVIDIA's Apex, built with its CUDA extensions; leave it out")
         if name in ("hidden_dropout", "attention_dropout") and value:
             raise InputError(f"{where}.{name}: must be 0; distances between models need fixed models")
         if name in _NOT_SUPPORTED and value != known[name].default:

@@ -72,6 +72,25 @@ class StepResult:
     """Rate the step used."""
 
 
+_RESERVED_DDP = {
+    "overlap_param_gather": "heads are read without a forward pass of their module, which would wait for the gather",
+    "average_in_collective": "gradients are sums; the losses carry their normalisation",
+    "use_megatron_fsdp": "it is not supported",
+}
+_RESERVED_OPTIMIZER = {
+    "optimizer": "only adam is supported",
+    "lr": "use learning_rate",
+    "min_lr": "use min_learning_rate",
+    "fp16": "use training.precision",
+    "bf16": "use training.precision",
+    "params_dtype": "use training.precision",
+    "loss_scale": "losses are not scaled",
+    "use_distributed_optimizer": "use training.ddp",
+    "overlap_param_gather": "see training.ddp.overlap_param_gather",
+}
+"""Fields that the gradient's normalisation or other settings decide, and why."""
+
+
 def wrap_for_training(model: MegatronModule, layout: Layout, extra: dict[str, Any]) -> DistributedDataParallel:
     """Give a model Megatron-Core's gradient buffers: fp32, summed over DP, each rank keeping its shard.
 
@@ -132,6 +151,7 @@ def ddp_config(extra: dict[str, Any]) -> DistributedDataParallelConfig:
     Raises:
         InputError: `extra` (training.ddp) names a field that does not exist, or Megatron-Core refuses it.
     """
+    _check_reserved(extra, _RESERVED_DDP, "training.ddp")
     settings = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **extra}
     return _build(DistributedDataParallelConfig, settings, "training.ddp")
 
@@ -142,6 +162,7 @@ def optimizer_config(optim: OptimConfig, where: str, **model_settings: Any) -> O
     Raises:
         InputError: `optim.optimizer` names a field that does not exist, or Megatron-Core refuses it.
     """
+    _check_reserved(optim.optimizer, _RESERVED_OPTIMIZER, f"{where}.optimizer")
     settings: dict[str, Any] = {
         "optimizer": "adam",
         "lr": optim.learning_rate,
@@ -153,6 +174,12 @@ def optimizer_config(optim: OptimConfig, where: str, **model_settings: Any) -> O
         "clip_grad": optim.clip_grad,
     }
     return _build(OptimizerConfig, {**settings, **model_settings, **optim.optimizer}, f"{where}.optimizer")
+
+
+def _check_reserved(extra: dict[str, Any], reserved: dict[str, str], where: str) -> None:
+    for name in extra:
+        if name in reserved:
+            raise InputError(f"{where}.{name}: cannot be set here: {reserved[name]}; leave it out")
 
 
 def _build(cls: Any, settings: dict[str, Any], where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -130,8 +131,9 @@ class ProgressLine:
 
     def _put(self, text: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        self._stream.write(text.encode(encoding, "replace").decode(encoding))
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # a terminal or pipe that is gone is no reason to end a run
+            self._stream.write(text.encode(encoding, "replace").decode(encoding))
+            self._stream.flush()
 
 
 def _off_and_on(label: str, name: str, values: Mapping[str, float], drop: int) -> _Field:

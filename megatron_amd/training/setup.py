@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,9 +74,8 @@ def _check_directory(config: Config) -> None:
     directory = Path(config.run.directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"x")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=directory) as probe:  # its name is no other rank's
+            probe.write(b"x")
     except OSError as error:
         raise InputError(
             f"run.directory: {directory} cannot be written ({error.strerror}); choose another place or free some space"

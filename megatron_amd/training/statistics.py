@@ -56,7 +56,7 @@ def batch_metrics(
         if extremes[2]:
             metrics[f"amm/d_mm_{policy}"] = d_mm
             metrics[f"amm/tv_bound_{policy}"] = 2 * bound * tv
-            metrics[f"amm/tightness_{policy}"] = d_mm / (2 * bound * tv) if tv > 0 else 0.0
+            metrics[f"amm/tightness_{policy}"] = d_mm / (2 * bound * tv) if tv > 0 else 1.0
     if extremes[2]:
         metrics["critic/f_min"], metrics["critic/f_max"] = -extremes[0].item(), extremes[1].item()
     return metrics

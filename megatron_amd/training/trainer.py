@@ -36,6 +36,10 @@ class Progress:
     """`warmup`, `critic` (critic-only steps) or `main`."""
     iteration: int = 0
     """Finished iterations of the phase."""
+    total_iterations: int = 0
+    """Finished iterations of all phases: the number of a checkpoint."""
+    tokens: float = 0.0
+    """Response tokens of the current iteration so far, over the global batch."""
     critic_steps: int = 0
     """Critic steps done in the current iteration: the place inside K."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -95,7 +99,7 @@ class Trainer:
         progress = self.progress
         with StopSignals(self.players.layout) as stop, self.journal:
             while progress.iteration < self.phases[progress.phase] or progress.phase != "main":
-                if progress.iteration == self.phases[progress.phase]:
+                if progress.iteration >= self.phases[progress.phase]:
                     self._next_phase()
                     continue
                 self._iteration(stop)
@@ -145,7 +149,11 @@ class Trainer:
             )
             if objective.name == "amm" and not self._critic_steps():  # other steps measure as they go
                 self.progress.metrics |= measure(self.players, self.batch)
-        self.progress.metrics |= response_metrics(rollouts, self.eos_ids, self.players.layout)
+        lengths = response_metrics(rollouts, self.eos_ids, self.players.layout)
+        self.progress.metrics |= lengths
+        count, samples = self.config.training.global_batch_size, self.config.rollout.samples_per_prompt
+        self.progress.tokens += count * lengths.get("rollout/response_length_off", 0.0)
+        self.progress.tokens += count * samples * lengths.get("rollout/response_length_on", 0.0)
         return self.batch
 
     def critic_step(self, batch: Batch) -> None:
@@ -163,6 +171,8 @@ class Trainer:
         objective = self._objective()
         with self.timers("student"):
             step, metrics = student_step(self.players, batch, objective.name, objective.beta)
+        if self.config.objective.resample or not self._critic_steps():  # then no critic has trained on this batch
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("amm/d_mm_trained")}
         self.progress.metrics |= metrics
         self._count(step.applied, "student")
 
@@ -176,7 +186,7 @@ class Trainer:
         """Write a checkpoint from which the run goes on bit for bit."""
         store.save(
             self._checkpoints,
-            step=sum(self.phases[p] for p in self._earlier_phases()) + self.progress.iteration,
+            step=self.progress.total_iterations,
             roles=self._roles(),
             state={
                 "progress": asdict(self.progress),
@@ -227,14 +237,12 @@ class Trainer:
     def _finish_iteration(self) -> None:
         progress, config = self.progress, self.config
         progress.iteration += 1
+        progress.total_iterations += 1
         progress.critic_steps = 0
         self.batch = None
         metrics, progress.metrics = progress.metrics, {}
         times = self.timers.collect()
-        tokens = config.training.global_batch_size * (
-            metrics.get("rollout/response_length_off", 0.0)
-            + metrics.get("rollout/response_length_on", 0.0) * config.rollout.samples_per_prompt
-        )
+        tokens, progress.tokens = progress.tokens, 0.0
         counts = {
             "throughput/tokens_per_second": tokens / times["time/iteration"],
             "train/skipped_student_steps": progress.skipped["student"],
@@ -242,7 +250,7 @@ class Trainer:
         }
         memory = memory_metrics(self.players.layout)
         self.journal.write(progress.phase, progress.iteration, metrics | times | counts | memory)
-        if progress.iteration == self.phases[progress.phase]:
+        if progress.iteration >= self.phases[progress.phase]:
             return  # the end of a phase has its own evaluation and checkpoint
         if progress.phase == "main" and _is_due(progress.iteration, config.evaluation.interval):
             self.evaluate("step")
@@ -295,10 +303,6 @@ class Trainer:
             roles["critic"] = store.RoleState.of(critic if critic.has_parameters else None, players.layout)
         return roles
 
-    def _earlier_phases(self) -> list[str]:
-        order = list(self.phases)
-        return order[: order.index(self.progress.phase)]
-
 
 Checkpoint = tuple[Path, dict[str, Any]]
 """A checkpoint's folder and its state."""
@@ -320,6 +324,9 @@ def find_checkpoint(config: Config, plan: ModelPlan, layout: Layout) -> Checkpoi
             )
         if path is not None:
             found = path, store.read_state(path)
+            for key in ("progress", "loader", "evaluations"):
+                if key not in found[1]:
+                    raise InputError(f"{path}: holds no {key}; it is no checkpoint of a run of this program")
             roles = ["student"]
             if config.objective.name == "amm" and found[1]["progress"]["phase"] != "warmup":
                 roles.append("critic")
@@ -336,6 +343,8 @@ def fingerprint(config: Config, plan: ModelPlan) -> dict[str, Any]:
     """What must be equal for a checkpoint to fit a run."""
     return {
         "student": plan.student.sizes(),
+        "teacher": plan.teacher.sizes(),
+        "seed": config.run.seed,
         "critic": plan.critic_trunk.sizes() if plan.critic_trunk else config.critic.features,
         "precision": config.training.precision,
     }

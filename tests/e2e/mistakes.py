@@ -184,7 +184,7 @@ DIRECTORY = [
     Case(
         "checkpoint of another model",
         (*RUN, "run.directory={}/run", "student.path={}/teacher"),
-        r".*step-00000001: is of another model: student\.ffn_hidden_size is 40, here 48",
+        r".*step-00000001: does not fit this run: student\.ffn_hidden_size is 40, here 48",
     ),
     Case(
         "checkpoint without the critic",
