@@ -359,7 +359,8 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
             raise InputError(f"config {path}: must be a mapping of sections, such as 'student: {{path: ...}}'")
     for override in overrides:
         apply_override(tree, override)
-    return build_section(Config(), tree, source=source, where="")
+    names = {override.partition("=")[0] for override in overrides}
+    return build_section(Config(), tree, source=source, overridden=names)
 
 
 def config_to_dict(config: Any) -> Any:

@@ -63,7 +63,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     """Put the value of `section.field=value` into the tree that the file gave, in place."""
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise InputError(f"command line: {override!r} is not section.field=value, such as objective.beta=0.7")
+        hint = f"; did you mean --config {override}?" if override.endswith((".yaml", ".yml")) else ""
+        raise InputError(f"command line: {override!r} is not section.field=value, such as objective.beta=0.7{hint}")
     *parents, leaf = name.split(".")
     node = tree
     for parent in parents:
@@ -75,8 +76,16 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = parse_yaml(text, f"command line: {name}")
 
 
-def build_section(base: Any, tree: Any, *, source: str, where: str) -> Any:
-    """The section `base` with the fields that `tree` names replaced; the others keep their values."""
+def build_section(
+    base: Any, tree: Any, *, source: str, where: str = "", overridden: typing.Collection[str] = ()
+) -> Any:
+    """The section `base` with the fields that `tree` names replaced; the others keep their values.
+
+    Args:
+        source: the file, for errors.
+        where: dotted name of the section.
+        overridden: dotted names that the command line has set: their errors are its own.
+    """
     if tree is None:  # a section whose lines are all commented out
         tree = {}
     if not isinstance(tree, dict):
@@ -85,13 +94,14 @@ def build_section(base: Any, tree: Any, *, source: str, where: str) -> Any:
     values = {}
     for key, value in tree.items():
         name = f"{where}.{key}" if where else str(key)
+        origin = "command line" if name in overridden else source
         if key not in hints:
-            raise InputError(f"{source}: {name}: unknown key{_nearest(str(key), list(hints), where)}")
+            raise InputError(f"{origin}: {name}: unknown key{_nearest(str(key), list(hints), where)}")
         current = getattr(base, key)
         if dataclasses.is_dataclass(current):
-            values[key] = build_section(current, value, source=source, where=name)
+            values[key] = build_section(current, value, source=origin, where=name, overridden=overridden)
         else:
-            values[key] = _convert(value, hints[key], f"{source}: {name}")
+            values[key] = _convert(value, hints[key], f"{origin}: {name}")
     try:
         return dataclasses.replace(base, **values)
     except InputError as error:

@@ -32,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _is_first("RANK") if error.on_all_ranks else _is_first("LOCAL_RANK"):
             print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
         return USAGE_ERROR
+    except BrokenPipeError:  # whoever read our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:  # before the first step; from then on training/signals.py handles it
         return 128 + signal.SIGINT
 
@@ -40,6 +43,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.help:
         _say(_help_text())
         return 0
+    if options.world_size is not None and not options.dry_run:
+        raise InputError("command line: --world-size is for --dry-run; start ranks with torchrun --nproc-per-node")
     config = load_config(options.config, options.overrides)
     if options.print_config:
         _say(config_to_yaml(config).rstrip("\n"))
@@ -59,6 +64,7 @@ def _train(config: Config) -> int:
     try:
         layout = initialize(config)
         trainer, tokenizer = set_up(config, layout, warn=_warn)
+        _say(trainer.describe_start())
         stopped_by = trainer.train()
         if stopped_by is not None:
             _say(f"stopped by signal {stopped_by} after saving a checkpoint; the same command goes on from it")
@@ -68,6 +74,7 @@ def _train(config: Config) -> int:
             export_hf(
                 trainer.players.student, folder, trainer.plan.student, layout, copy_tokenizer=tokenizer.save_files
             )
+            _say(f"{config.run.directory}: done; the student is in {folder}")
         return 0
     finally:
         shutdown()
@@ -100,7 +107,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _help_text() -> str:
     lines = [
-        "usage: [torchrun --nproc-per-node N] -m megatron_amd.train --config run.yaml [section.field=value ...]",
+        "usage: python -m megatron_amd.train --config run.yaml [section.field=value ...]",
+        "       torchrun --nproc-per-node N -m megatron_amd.train --config run.yaml [section.field=value ...]",
         "",
         "  --config FILE      the run's settings (YAML); without it, the defaults below",
         "  --print-config     print the resolved settings and stop",

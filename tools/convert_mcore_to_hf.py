@@ -23,6 +23,7 @@ from megatron_amd.checkpoint.hf import export_hf
 from megatron_amd.config import Config, CriticConfig, ParallelConfig, load_config
 from megatron_amd.data import load_tokenizer
 from megatron_amd.distributed.initialize import initialize, shutdown
+from megatron_amd.distributed.quiet import silence_known_warnings
 from megatron_amd.errors import InputError
 from megatron_amd.models.roles import build_model, plan_models
 
@@ -33,6 +34,7 @@ def convert(source: Path, output: Path) -> Path:
     Raises:
         InputError: no or a damaged checkpoint, missing folders of the run, or `output` cannot be written.
     """
+    silence_known_warnings()
     checkpoint = find_checkpoint(source)
     config = settings_of(store.read_state(checkpoint), checkpoint)
     tokenizer_source = config.data.tokenizer or config.teacher.path

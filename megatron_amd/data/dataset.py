@@ -288,7 +288,7 @@ def _settings_of_fields(config: DataConfig, *, with_response: bool) -> dict[str,
 
 def _text(row: dict[str, Any], field: str, setting: str) -> str:
     if field not in row:
-        raise InputError(f"no field {field!r} (it has: {', '.join(row) or 'none'}), named by {setting}")
+        raise InputError(f"no field {field!r} (it has: {', '.join(row) or 'none'}); set {setting} to one of them")
     value = row[field]
     if value is None or value == "":
         raise InputError(f"field {field!r} is empty")
@@ -318,7 +318,9 @@ def _optional_text(row: dict[str, Any], field: str | None) -> str | None:
 def _messages(row: dict[str, Any], field: str) -> list[Message]:
     """The conversation in a row, only role and content of each message."""
     if field not in row:
-        raise InputError(f"no field {field!r} (it has: {', '.join(row) or 'none'}), named by data.messages_field")
+        raise InputError(
+            f"no field {field!r} (it has: {', '.join(row) or 'none'}); set data.messages_field to one of them"
+        )
     value = row[field]
     if not isinstance(value, list) or not value:
         if value in (None, "", []):

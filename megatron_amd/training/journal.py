@@ -58,6 +58,10 @@ class Journal:
         with agreed():
             self._log.write(phase, iteration, metrics)
 
+    def say(self, text: str) -> None:
+        """Print a line above the live line."""
+        self._log.message(text)
+
     def has_evaluation(self, point: Mapping[str, Any]) -> bool:
         """Whether an evaluation was already made at this point of the run."""
         return any(point.items() <= entry.items() for entry in self.evaluations)

@@ -31,7 +31,7 @@ from megatron_amd.models.roles import (
 from megatron_amd.training.first_weights import has_pretrained_weights
 from megatron_amd.training.optimizer import ddp_config, optimizer_config
 from megatron_amd.training.players import build_players
-from megatron_amd.training.trainer import Trainer, find_checkpoint
+from megatron_amd.training.trainer import Trainer, changed_settings, find_checkpoint
 
 
 def set_up(config: Config, layout: Layout, warn: Callable[[str], None] = print) -> tuple[Trainer, Tokenizer]:
@@ -65,6 +65,8 @@ def set_up(config: Config, layout: Layout, warn: Callable[[str], None] = print) 
     checkpoint = find_checkpoint(config, plan, layout)
     if checkpoint is not None:
         loader.load_state_dict(checkpoint[1]["loader"])  # raises where the data has changed
+        if changes := changed_settings(checkpoint, config):
+            warn(f"goes on with other settings than {checkpoint[0].name} was saved with: {', '.join(changes)}")
     players = build_players(config, plan, layout)
     return Trainer(config, plan, players, loader, tokenizer.eos_ids, held_out, checkpoint), tokenizer
 

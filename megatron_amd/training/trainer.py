@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,17 @@ class Trainer:
         self.phases = {"warmup": config.warmup.steps, "critic": critic_only, "main": config.training.steps}
         self._student = wrap_for_training(players.student, players.layout, config.training.ddp)
         self._start(resume_from)
+
+    def describe_start(self) -> str:
+        """One line: what begins, or where it goes on from."""
+        layout, progress = self.players.layout, self.progress
+        ranks = f"tensor {layout.tp_size} x pipeline {layout.pp_size} x data {layout.dp_size}"
+        place = "begins"
+        if progress.total_iterations or progress.critic_steps:
+            place = f"goes on after {progress.phase} {progress.iteration}/{self.phases[progress.phase]}"
+        if progress.phase == "main" and progress.iteration >= self.phases["main"]:
+            place = f"has finished its {progress.iteration} iterations; more training.steps would go on from there"
+        return f"{self.config.run.directory}: {place} ({self.config.objective.name}, {ranks})"
 
     def train(self) -> int | None:
         """Run to the end, or until a signal asks to stop.
@@ -179,8 +192,15 @@ class Trainer:
     def evaluate(self, when: str) -> None:
         """Measure the held-out distances, unless that is done already at this point of the run."""
         point = {"when": when, "phase": self.progress.phase, "iteration": self.progress.iteration}
-        if self.held_out is not None and not self.journal.has_evaluation(point):
-            self.journal.add_evaluation(point, self.held_out.evaluate(self.players))
+        if self.held_out is None or self.journal.has_evaluation(point):
+            return
+        self.journal.say(f"measuring on {self.config.evaluation.prompts} held-out prompts ...")
+        result = self.held_out.evaluate(self.players)
+        self.journal.add_evaluation(point, result)
+        self.journal.say(
+            f"held out, {when}: TV {result['tv_off']:.4f} off {result['tv_on']:.4f} on, "
+            f"KL {result['kl_off']:.4f} off {result['kl_on']:.4f} on"
+        )
 
     def save(self) -> None:
         """Write a checkpoint from which the run goes on bit for bit."""
@@ -345,9 +365,28 @@ def fingerprint(config: Config, plan: ModelPlan) -> dict[str, Any]:
         "student": plan.student.sizes(),
         "teacher": plan.teacher.sizes(),
         "seed": config.run.seed,
-        "critic": plan.critic_trunk.sizes() if plan.critic_trunk else config.critic.features,
+        "critic": _critic_fingerprint(config, plan),
         "precision": config.training.precision,
     }
+
+
+def _critic_fingerprint(config: Config, plan: ModelPlan) -> Any:
+    if config.objective.name != "amm":
+        return "none"
+    return plan.critic_trunk.sizes() if plan.critic_trunk else config.critic.features
+
+
+def changed_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """Settings that differ from those a checkpoint was saved with, its place aside, as "section.field old -> new"."""
+
+    def differences(saved: Any, now: Any, where: str) -> Iterator[str]:
+        if isinstance(saved, dict) and isinstance(now, dict):
+            for name in now:
+                yield from differences(saved.get(name), now[name], f"{where}.{name}" if where else name)
+        elif saved != now and where != "run.directory":
+            yield f"{where} {saved} -> {now}"
+
+    return list(differences(checkpoint[1].get("config", {}), json.loads(json.dumps(config_to_dict(config))), ""))
 
 
 def _is_due(iteration: int, interval: int) -> bool:

@@ -1,19 +1,20 @@
-"""One run under every layout: the same rollout tokens, losses, moments and gradient norms as on one process."""
+"""One run under every layout: the same rollout tokens, losses, moments and evaluations as on one process."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_amd.config import Config
+from megatron_amd.config import Config, config_to_dict
 from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import build_layout
 from megatron_amd.training.setup import set_up
 from tests.distributed.runner import run_distributed
-from tests.tiny_run import make_files, read_metrics, write_config
+from tests.tiny_run import PROMPTS, STUDENT, make_files, read_metrics, save_model, write_config
 
 # (TP, PP, DP) and further settings
 LAYOUTS: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
@@ -29,10 +30,34 @@ LAYOUTS: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
     "micro4-pp2": (1, 2, 1, ("training.micro_batch_size=4",)),
     "micro3-pp2": (1, 2, 1, ("training.micro_batch_size=3",)),
 }
-VARIANTS: dict[str, dict[str, Any]] = {
-    "pair": {},
-    "own": {"critic": {"features": "own", "optim": {"learning_rate": 1e-3}}, "objective": {"critic_steps": 2}},
-}
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "pair": (),
+    "own": ("critic.features=own", "objective.critic_steps=2"),
+    "data": (
+        "warmup.steps=1", "warmup.name=js", "warmup.beta=0", "student.path={}/tied", "critic.features=own",
+        "critic.trunk=model", "critic.model.path={}/trunk", "objective.critic_steps=2", "objective.resample=true",
+        "objective.gamma=0.8", "objective.policy_gradient=reinforce", "data.train={}/unequal.jsonl",
+        "rollout.off_policy=data", "rollout.samples_per_prompt=3", "evaluation.prompts=5", "evaluation.interval=1",
+    ),
+    "short": (
+        "warmup.steps=1", "warmup.name=sft", "student.path={}/tied", "critic.features=teacher",
+        "critic.head_init=random", "critic.center=false", "critic.prior=log_ratio", "objective.critic_steps=0",
+        "objective.normalization=per_token", "rollout.max_response_length=1", "evaluation.prompts=5",
+    ),
+    "sampled": (
+        "warmup.steps=1", "warmup.name=tv", "warmup.beta=0.3", "critic.warmup_steps=2",
+        "critic.tightness_threshold=-0.02", "objective.beta=0", "objective.estimator=sampled",
+        "rollout.samples_per_prompt=3", "training.micro_batch_size=3", "training.head_chunk_tokens=5",
+        "evaluation.prompts=5",
+    ),
+}  # fmt: skip
+"""Settings with which a run takes other ways through the trainer; `{}` is the folder of its files."""
+FEW = ("tp2-sp", "pp2", "dp2")
+PLAYED = [
+    *(("pair", name) for name in LAYOUTS),
+    *(("own", name) for name in ("tp2-sp", "pp2-dp2", "micro3-pp2")),
+    *((variant, name) for variant in ("data", "short", "sampled") for name in FEW),
+]
 FLOOR = 1e-6 * 2.0  # times 2 * bound
 
 
@@ -52,7 +77,8 @@ def train(config: Config) -> tuple[list[Any], list[dict[str, Any]]]:
                 for row in range(m.tokens.shape[0]):
                     targets = m.targets[m.state_rows == row].tolist()
                     if targets:  # not an empty row that fills a micro-batch up
-                        sequences.append((trainer.progress.iteration, m.on_policy, targets))
+                        place = trainer.progress.phase, trainer.progress.iteration
+                        sequences.append((*place, m.on_policy, targets))
         return batch
 
     trainer.sample = recording_sample  # type: ignore[method-assign]
@@ -60,30 +86,78 @@ def train(config: Config) -> tuple[list[Any], list[dict[str, Any]]]:
     return sequences if layout.tp_rank == 0 and layout.is_last_stage else [], read_metrics(Path(config.run.directory))
 
 
-def assert_equal_runs(metrics: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
-    """Every number of every iteration within 1e-4 relative."""
-    assert len(metrics) == len(reference) == 5
-    for row, expected in zip(metrics, reference, strict=True):
-        assert row.keys() == expected.keys()
-        for name, value in row.items():
-            if isinstance(value, str):
-                assert value == expected[name]
-            else:
-                assert value == pytest.approx(expected[name], rel=1e-4, abs=FLOOR), (row["iteration"], name)
+def write_files(folder: Path) -> dict[str, Any]:
+    """Settings of a run of three iterations, and what the variants name."""
+    settings = make_files(folder)
+    settings["training"]["steps"] = 3
+    settings["checkpoint"] = {"export": False}
+    settings["evaluation"] = {"max_response_length": 4}
+    rows = json.loads((folder / "student" / "config.json").read_text())["vocab_size"]
+    save_model(folder / "tied", {**STUDENT, "tie_word_embeddings": True}, rows, seed=5)
+    save_model(folder / "trunk", {**STUDENT, "hidden_size": 16, "tie_word_embeddings": True}, rows - 3, seed=6)
+    answers = [{"prompt": prompt, "response": prompt if i % 3 else "x"} for i, prompt in enumerate(PROMPTS)]
+    (folder / "unequal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    return settings
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
-def one_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def assert_close(found: Any, expected: Any, where: str) -> None:
+    """Equal texts and shapes, and every number within 1e-4 relative."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in found.items():
+            assert_close(value, expected[name], f"{where} {name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(found):
+            assert_close(value, expected[index], f"{where} {index}")
+    elif isinstance(expected, (str, int)):
+        assert found == expected, where
+    else:
+        assert found == pytest.approx(expected, rel=1e-4, abs=FLOOR), where
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    file = run / "evaluation.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+Reference = tuple[Path, dict[str, Any], tuple[list[Any], list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def one_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """A variant's run on one process."""
     folder = tmp_path_factory.mktemp(request.param)
-    settings = {**make_files(folder), **VARIANTS[request.param]}
+    settings = write_files(folder)
     settings["run"]["directory"] = str(folder / "one")
+    overrides = [override.replace("{}", str(folder)) for override in VARIANTS[request.param]]
+    settings = config_to_dict(write_config(folder, settings, *overrides))
     (result,) = run_distributed(train, 1, write_config(folder, settings))
+    check_covered(request.param, result[1], evaluations(folder / "one"))
     return folder, settings, result
 
 
+def check_covered(variant: str, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+    """The reference really took the ways that its variant is for."""
+    trained = [row for row in metrics if not any(name.startswith("evaluation/") for name in row)]
+    phases = {"pair": [], "own": [], "sampled": ["warmup", "critic", "critic"]}.get(variant, ["warmup"])
+    assert [row["phase"] for row in trained] == [*phases, "main", "main", "main"]
+    if variant in ("pair", "own"):
+        return
+    assert [entry["prompts"] for entry in evaluations] == [5] * (4 if variant == "data" else 2)
+    assert all(len(entry["samples"]) == 3 for entry in evaluations)
+    if variant == "data":
+        assert len({row["rollout/response_length_off"] for row in trained[1:]}) > 1, "responses of unequal length"
+    elif variant == "short":
+        assert all(row["rollout/response_length_on"] == 1 for row in trained[1:])
+    else:
+        waiting = {row["train/waiting"] for row in trained[-3:]}
+        assert waiting == {0, 1}, [row["amm/tightness_on"] for row in trained[-3:]]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_changes_nothing(one_process: Any, name: str) -> None:
+@pytest.mark.parametrize(("one_process", "name"), PLAYED, indirect=["one_process"])
+def test_layout_changes_nothing(one_process: Reference, name: str) -> None:
     folder, settings, (sequences, reference) = one_process
     tensor, pipeline, data, overrides = LAYOUTS[name]
     config = write_config(
@@ -96,4 +170,5 @@ def test_layout_changes_nothing(one_process: Any, name: str) -> None:
     )
     results = run_distributed(train, tensor * pipeline * data, config)
     assert sorted(s for own, _ in results for s in own) == sorted(sequences)
-    assert_equal_runs(results[0][1], reference)
+    assert_close(results[0][1], reference, "metrics")
+    assert_close(evaluations(folder / name), evaluations(folder / "one"), "evaluation")

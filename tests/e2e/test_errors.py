@@ -142,8 +142,8 @@ def check(case: Case, results: list[Any], ranks: int) -> None:
 
 
 def is_progress(line: str) -> bool:
-    """A line that a run prints as it goes, before it fails."""
-    return re.match(r"(warmup|critic|main) +\d+/\d+ \|", line) is not None
+    """A line that a run prints as it begins and goes, before it fails."""
+    return re.match(r"(warmup|critic|main) +\d+/\d+ \||[^:]+: (begins|goes on|has finished) ", line) is not None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for what a GPU has")

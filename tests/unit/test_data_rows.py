@@ -210,14 +210,14 @@ BAD_LINES = {
     "not_object": ("[1]", r"a JSON list instead of an object with fields"),
     "no_field": (
         '{"question": "q", "answer": "a"}',
-        r"no field 'prompt' \(it has: question, answer\), named by data.prompt_field",
+        r"no field 'prompt' \(it has: question, answer\); set data.prompt_field to one of them",
     ),
     "null": ('{"prompt": null, "answer": "a"}', "field 'prompt' is empty"),
     "blank": ('{"prompt": " ", "answer": "a"}', "field 'prompt' is empty"),
     "number": ('{"prompt": 3, "answer": "a"}', "field 'prompt' must be text, not int"),
     "list": ('{"prompt": ["a"], "answer": "a"}', "field 'prompt' must be text, not list"),
     "surrogate": ('{"prompt": "ab\\ud83d", "answer": "a"}', "field 'prompt' holds half of a surrogate .* character 3"),
-    "no_answer": ('{"prompt": "q"}', r"no field 'answer' \(it has: prompt\), named by data.response_field"),
+    "no_answer": ('{"prompt": "q"}', r"no field 'answer' \(it has: prompt\); set data.response_field to one of them"),
     "answer_empty": ('{"prompt": "q", "answer": ""}', "field 'answer' is empty"),
 }
 
