@@ -42,20 +42,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("overrides", nargs="*", help="further settings, such as training.optim.learning_rate=1e-4")
     options = parser.parse_args()
-    rows = []
-    steps: dict[str, int] = {}
     start = options.output / "start"
     run(options, start, options.seeds[0], ["training.steps=0", "objective.name=kl", "evaluation.prompts=0"])
+    common = ["warmup.steps=0", f"student.path={start / 'student'}", "student.init.layers=null"]
+    steps = {}
+    for name, overrides in CONTROLS.items():
+        directory = options.output / "timing" / name.replace(" ", "-")
+        count = f"training.steps={options.timing_steps}"
+        run(options, directory, options.seeds[0], [*common, *overrides, count, "evaluation.prompts=0"])
+        later = read_records(directory)[1:]  # the first iteration warms up
+        steps[name] = max(1, round(options.seconds / statistics.mean(r["time/iteration"] for r in later)))
+    rows = []
     for seed in options.seeds:
         for name, overrides in CONTROLS.items():
-            common = ["warmup.steps=0", f"student.path={start / 'student'}", "student.init.layers=null", *overrides]
-            if name not in steps:
-                timing = options.output / "timing" / name.replace(" ", "-")
-                run(options, timing, seed, [*common, f"training.steps={options.timing_steps}", "evaluation.prompts=0"])
-                later = read_records(timing)[1:]  # the first iteration warms up
-                steps[name] = max(1, round(options.seconds / statistics.mean(r["time/iteration"] for r in later)))
             directory = options.output / f"seed{seed}" / name.replace(" ", "-")
-            run(options, directory, seed, [*common, f"training.steps={steps[name]}"])
+            run(options, directory, seed, [*common, *overrides, f"training.steps={steps[name]}"])
             rows.append(row(directory, name, seed))
             print(json.dumps(rows[-1]), flush=True)
     print_means(rows)
