@@ -376,6 +376,8 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """
     state = dict(state)
     moments = state.pop("param_state", None)  # absent without training.ddp's use_distributed_optimizer
+    if moments is None and isinstance(optimizer.optimizer, torch.optim.Adam):
+        state.get("optimizer", state)["state"].setdefault("common_step", torch.tensor(0.0))  # not saved where it is 0
     optimizer.load_state_dict(state)
     states = list(optimizer.optimizer.state.values())
     steps = [state.pop("step", None) for state in states]

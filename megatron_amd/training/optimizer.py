@@ -151,7 +151,7 @@ def ddp_config(extra: dict[str, Any]) -> DistributedDataParallelConfig:
     Raises:
         InputError: `extra` (training.ddp) names a field that does not exist, or Megatron-Core refuses it.
     """
-    _check_reserved(extra, _RESERVED_DDP, "training.ddp")
+    _check_reserved(extra, _RESERVED_DDP, DistributedDataParallelConfig, "training.ddp")
     settings = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **extra}
     return _build(DistributedDataParallelConfig, settings, "training.ddp")
 
@@ -162,7 +162,7 @@ def optimizer_config(optim: OptimConfig, where: str, **model_settings: Any) -> O
     Raises:
         InputError: `optim.optimizer` names a field that does not exist, or Megatron-Core refuses it.
     """
-    _check_reserved(optim.optimizer, _RESERVED_OPTIMIZER, f"{where}.optimizer")
+    _check_reserved(optim.optimizer, _RESERVED_OPTIMIZER, OptimizerConfig, f"{where}.optimizer")
     settings: dict[str, Any] = {
         "optimizer": "adam",
         "lr": optim.learning_rate,
@@ -176,9 +176,9 @@ def optimizer_config(optim: OptimConfig, where: str, **model_settings: Any) -> O
     return _build(OptimizerConfig, {**settings, **model_settings, **optim.optimizer}, f"{where}.optimizer")
 
 
-def _check_reserved(extra: dict[str, Any], reserved: dict[str, str], where: str) -> None:
-    for name in extra:
-        if name in reserved:
+def _check_reserved(extra: dict[str, Any], reserved: dict[str, str], cls: Any, where: str) -> None:
+    for name, value in extra.items():
+        if name in reserved and value != cls.__dataclass_fields__[name].default:
             raise InputError(f"{where}.{name}: cannot be set here: {reserved[name]}; leave it out")
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from megatron_amd.batch import Batch, Prompts
 from megatron_amd.config import Config
@@ -49,19 +50,20 @@ class Seen:
     """Measured before each step on its batch."""
     moved: dict[Place, set[str]] = field(default_factory=dict)
     """The players that changed."""
-    changes: dict[Place, Tensor] = field(default_factory=dict)
+    changes: dict[Place, NDArray] = field(default_factory=dict)
     """Of all parameters of the student."""
     responses: list[tuple[str, list[int]]] = field(default_factory=list)
     """Off-policy prompts and responses."""
-    heads: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, NDArray] = field(default_factory=dict)
     """Of the critic as it enters, and of the other models then."""
-    trunks: dict[str, Tensor] = field(default_factory=dict)
+    trunks: dict[str, NDArray] = field(default_factory=dict)
     """Parameters of the critic's trunk and of the student then."""
 
 
-def flat(model: Any, leave_out: str = "none") -> Tensor:
+def flat(model: Any, leave_out: str = "none") -> NDArray:
     """A copy of all parameters."""
-    return torch.cat([p.detach().flatten() for name, p in model.named_parameters() if leave_out not in name]).clone()
+    kept = [p.detach().flatten() for name, p in model.named_parameters() if leave_out not in name]
+    return torch.cat(kept).numpy()
 
 
 class Watch:
@@ -70,7 +72,7 @@ class Watch:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.seen = trainer, Seen()
         self.numbers: list[Batch] = []  # kept alive, so that each has an identity of its own
-        self.before: dict[str, Tensor] = {}
+        self.before: dict[str, NDArray] = {}
         self.prompts: Prompts | None = None
         self.next, self.sample, self.write = trainer.loader.next, trainer.sample, trainer.journal.write
         trainer.loader.next = self._next  # type: ignore[method-assign]
@@ -99,7 +101,7 @@ class Watch:
         assert players.critic is not None
         heads = {f"{on}.{name}": w for on in (False, True) for name, w in players.critic.head_weights(on).items()}
         heads |= {"student": players.student.head_weight(), "teacher": players.teacher.head_weight()}
-        self.seen.heads = {name: weight.detach().clone() for name, weight in heads.items()}
+        self.seen.heads = {name: weight.detach().clone().numpy() for name, weight in heads.items()}
         self.seen.trunks = {
             "critic": flat(players.critic, leave_out="output_layer"),
             "student": flat(players.student, leave_out="output_layer"),
@@ -133,7 +135,7 @@ class Watch:
         now = {"student": flat(players.student)}
         now |= {"critic": flat(players.critic)} if players.critic is not None else {}
         self.seen.rows[place] = dict(metrics)
-        self.seen.moved[place] = {name for name in self.before if not torch.equal(now[name], self.before[name])}
+        self.seen.moved[place] = {name for name in self.before if not np.array_equal(now[name], self.before[name])}
         self.seen.changes[place] = now["student"] - self.before["student"]
         self.seen.consumed = self.trainer.loader.consumed
         self.write(phase, iteration, metrics)
@@ -286,16 +288,16 @@ def test_first_weights_of_the_critic(files: Any, tmp_path: Path, features: str, 
     for name, weight in heads.items():
         source = name.partition(".")[2].replace("own", "student")
         if init == "lm_head":  # the student's as the warm-up has left it
-            assert torch.equal(weight, seen.heads[source] * 0.5), name
+            assert np.array_equal(weight, seen.heads[source] * 0.5), name
         elif init == "zero":
             assert not weight.any(), name
         else:
-            assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
-            assert abs(weight.mean().item()) < 1e-3, name
+            assert weight.std() == pytest.approx(0.02, rel=0.05), name
+            assert abs(weight.mean()) < 1e-3, name
     if init == "random":
         assert len({tuple(weight[0].tolist()) for weight in heads.values()}) == len(heads), "each has its own"
     if features == "own":
-        assert torch.equal(seen.trunks["critic"], seen.trunks["student"])
+        assert np.array_equal(seen.trunks["critic"], seen.trunks["student"])
 
 
 def test_the_main_phase_starts_with_fresh_moments(files: Any, tmp_path: Path) -> None:
@@ -305,8 +307,8 @@ def test_the_main_phase_starts_with_fresh_moments(files: Any, tmp_path: Path) ->
     seen = run(files, tmp_path, *kl, f"warmup.optim={optim}", f"training.optim={optim}")
 
     def share_of_full_steps(place: Place) -> float:
-        size = seen.changes[place].abs()
-        return ((size[size > 0] - 0.001).abs() < 2e-5).double().mean().item()
+        size = np.abs(seen.changes[place])
+        return float((np.abs(size[size > 0] - 0.001) < 2e-5).mean())
 
     shares = {place: share_of_full_steps(place) for place in seen.rows}
     assert all(math.isfinite(share) for share in shares.values())

@@ -28,6 +28,16 @@ SETTINGS = [
     Case("wrong type", (*RUN, "training.steps=many"), r".*training\.steps: must be integer, not 'many'"),
     Case("negative K", (*RUN, "objective.critic_steps=-1"), r".*objective\.critic_steps: must be zero or more"),
     Case("beta", (*RUN, "objective.beta=1.5"), r".*objective\.beta: must be in \[0, 1\], not 1\.5"),
+    Case(
+        "sampled estimator of other samples",
+        (*RUN, "objective.estimator=sampled", "objective.policy_gradient=per_step", "rollout.temperature=0.5"),
+        r".*objective\.estimator: sampled is unbiased only for rollout\.temperature 1, top_k 0 and top_p 1; use",
+    ),
+    Case(
+        "threshold of a critic that does not train",
+        (*RUN, "critic.tightness_threshold=0.5", "objective.critic_steps=0"),
+        r".*critic\.tightness_threshold: needs objective\.critic_steps of at least 1",
+    ),
     Case("adversarial warm-up", (*RUN, "warmup.name=amm"), r".*warmup\.name: must not be amm"),
     Case(
         "rates",
@@ -128,6 +138,32 @@ MEGATRON = [
         (*RUN, "training.ddp.bucket=1"),
         r"training\.ddp\.bucket: Megatron-Core's DistributedDataParallelConfig has no such field",
     ),
+    *(
+        Case(
+            f"reserved field {name} of DistributedDataParallelConfig",
+            (*RUN, f"training.ddp.{name}=true"),
+            rf"training\.ddp\.{name}: cannot be set here: .*; leave it out",
+        )
+        for name in ("overlap_param_gather", "average_in_collective")
+    ),
+    *(
+        Case(
+            f"reserved field {name} of {section}'s OptimizerConfig",
+            (*RUN, "warmup.steps=100", f"{section}.optim.optimizer.{name}={value}"),
+            rf"{section}\.optim\.optimizer\.{name}: cannot be set here: .*; leave it out",
+        )
+        for section, name, value in (
+            ("training", "optimizer", "sgd"),
+            ("critic", "loss_scale", "8.0"),
+            ("warmup", "use_distributed_optimizer", "false"),
+            ("critic", "lr", "0.1"),
+        )
+    ),
+    Case(
+        "gradients averaged over tokens by Megatron-Core",
+        (*RUN, "student.transformer.calculate_per_token_loss=false"),
+        r"student\.transformer\.calculate_per_token_loss: is decided by .*; leave it out",
+    ),
     Case("unknown field of FP8", (*RUN, "training.fp8.recipe=e4m3"), r"training\.fp8\.recipe: .* has no such field"),
 ]
 NO_GPU = [
@@ -138,6 +174,11 @@ NO_GPU = [
         "Transformer Engine without a GPU",
         (*RUN, "training.transformer_impl=transformer_engine"),
         r"training\.transformer_impl: transformer_engine cannot be used: there is no GPU",
+    ),
+    Case(
+        "fused gradients without Apex",  # which is made for GPUs
+        (*RUN, "student.transformer.gradient_accumulation_fusion=true"),
+        r"student\.transformer\.gradient_accumulation_fusion: needs NVIDIA's Apex, built with .*; leave it out",
     ),
 ]
 
@@ -185,6 +226,21 @@ DIRECTORY = [
         "checkpoint of another model",
         (*RUN, "run.directory={}/run", "student.path={}/teacher"),
         r".*step-00000001: does not fit this run: student\.ffn_hidden_size is 40, here 48",
+    ),
+    Case(
+        "checkpoint of another seed",
+        (*RUN, "run.directory={}/run", "run.seed=99"),
+        r".*step-00000001: does not fit this run: seed is 7, here 99; choose another run\.directory",
+    ),
+    Case(
+        "checkpoint of another teacher",
+        (*RUN, "run.directory={}/run", "teacher.path={}/three_heads", "data.tokenizer={}/teacher"),
+        r".*step-00000001: does not fit this run: teacher\..* is .*, here .*; choose another run\.directory",
+    ),
+    Case(
+        "checkpoint without the run's progress",
+        (*RUN, "run.directory={}/no_progress"),
+        r".*step-00000001: holds no progress; it is no checkpoint of a run of this program",
     ),
     Case(
         "checkpoint without the critic",

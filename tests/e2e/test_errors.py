@@ -75,6 +75,10 @@ def make_runs(folder: Path, settings: dict[str, Any]) -> None:
     damaged.write_bytes(damaged.read_bytes()[:-100])
     state = shutil.copytree(folder / "run", folder / "damaged_state") / checkpoint / "state.json"
     state.write_text(state.read_text()[:-20])
+    state = shutil.copytree(folder / "run", folder / "no_progress") / checkpoint / "state.json"
+    kept = json.loads(state.read_text())
+    del kept["progress"]
+    state.write_text(json.dumps(kept))
 
 
 def make_obstacles(folder: Path) -> None:

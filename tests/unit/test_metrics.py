@@ -226,6 +226,33 @@ def test_warm_up_shows_the_numbers_that_exist(tmp_path, open_log):
     assert stream.getvalue() == "warmup 1/3 | loss  3.500 | TV  0.500 off |      -- left\n"
 
 
+class GoneStream(io.StringIO):
+    """A terminal or pipe whose other end was closed."""
+
+    def __init__(self, method: str, is_terminal: bool) -> None:
+        super().__init__()
+        self._terminal = is_terminal
+        setattr(self, method, self._refuse)
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+    @staticmethod
+    def _refuse(*_: object) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("method", ["write", "flush"])
+def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path, method, is_terminal, monkeypatch, open_log):
+    monkeypatch.setenv("TERM", "xterm")
+    log = open_log(tmp_path, stream=GoneStream(method, is_terminal))
+    log.message("hello")
+    run_from(log).close()
+    assert len(records(tmp_path)) == 8
+    assert [step for step, _ in scalars(tmp_path, "distance/tv_off")] == [1, 2, 3, 4, 5, 6, 7]
+
+
 class Terminal:
     """A pseudo-terminal of a given width."""
 
