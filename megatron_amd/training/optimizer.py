@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +152,7 @@ def ddp_config(extra: dict[str, Any]) -> DistributedDataParallelConfig:
     Raises:
         InputError: `extra` (training.ddp) names a field that does not exist, or Megatron-Core refuses it.
     """
-    _check_reserved(extra, _RESERVED_DDP, DistributedDataParallelConfig, "training.ddp")
+    _check_reserved([name for name, value in extra.items() if value], _RESERVED_DDP, "training.ddp")
     settings = {"use_distributed_optimizer": True, "grad_reduce_in_fp32": True, **extra}
     return _build(DistributedDataParallelConfig, settings, "training.ddp")
 
@@ -162,7 +163,7 @@ def optimizer_config(optim: OptimConfig, where: str, **model_settings: Any) -> O
     Raises:
         InputError: `optim.optimizer` names a field that does not exist, or Megatron-Core refuses it.
     """
-    _check_reserved(optim.optimizer, _RESERVED_OPTIMIZER, OptimizerConfig, f"{where}.optimizer")
+    _check_reserved(optim.optimizer, _RESERVED_OPTIMIZER, f"{where}.optimizer")
     settings: dict[str, Any] = {
         "optimizer": "adam",
         "lr": optim.learning_rate,
@@ -176,9 +177,9 @@ def optimizer_config(optim: OptimConfig, where: str, **model_settings: Any) -> O
     return _build(OptimizerConfig, {**settings, **model_settings, **optim.optimizer}, f"{where}.optimizer")
 
 
-def _check_reserved(extra: dict[str, Any], reserved: dict[str, str], cls: Any, where: str) -> None:
-    for name, value in extra.items():
-        if name in reserved and value != cls.__dataclass_fields__[name].default:
+def _check_reserved(names: Iterable[str], reserved: dict[str, str], where: str) -> None:
+    for name in names:
+        if name in reserved:
             raise InputError(f"{where}.{name}: cannot be set here: {reserved[name]}; leave it out")
 
 
