@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 start=$SECONDS
 directory="${DEMO_DIR:-runs/demo}"
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# glibc would keep freed buffers of some MiB for later, and the two processes would grow by a fifth.
+# Freed buffers of some MiB go back to the system at once instead of staying with the process.
 export MALLOC_MMAP_THRESHOLD_=4194304
 precision=fp32
 if grep -qw avx512_bf16 /proc/cpuinfo; then precision=bf16; fi

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +127,21 @@ Reference = tuple[Path, dict[str, Any], tuple[list[Any], list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="module")
-def one_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """A variant's run on one process."""
-    folder = tmp_path_factory.mktemp(request.param)
-    settings = write_files(folder)
-    settings["run"]["directory"] = str(folder / "one")
-    overrides = [override.replace("{}", str(folder)) for override in VARIANTS[request.param]]
-    settings = config_to_dict(write_config(folder, settings, *overrides))
-    (result,) = run_distributed(train, 1, write_config(folder, settings))
-    check_covered(request.param, result[1], evaluations(folder / "one"))
-    return folder, settings, result
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    """A variant's run on one process, made once."""
+
+    @cache
+    def play(variant: str) -> Reference:
+        folder = tmp_path_factory.mktemp(variant)
+        settings = write_files(folder)
+        settings["run"]["directory"] = str(folder / "one")
+        overrides = [override.replace("{}", str(folder)) for override in VARIANTS[variant]]
+        settings = config_to_dict(write_config(folder, settings, *overrides))
+        (result,) = run_distributed(train, 1, write_config(folder, settings))
+        check_covered(variant, result[1], evaluations(folder / "one"))
+        return folder, settings, result
+
+    return play
 
 
 def check_covered(variant: str, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
@@ -156,9 +163,9 @@ def check_covered(variant: str, metrics: list[dict[str, Any]], evaluations: list
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("one_process", "name"), PLAYED, indirect=["one_process"])
-def test_layout_changes_nothing(one_process: Reference, name: str) -> None:
-    folder, settings, (sequences, reference) = one_process
+@pytest.mark.parametrize(("variant", "name"), PLAYED)
+def test_layout_changes_nothing(one_process: Callable[[str], Reference], variant: str, name: str) -> None:
+    folder, settings, (sequences, reference) = one_process(variant)
     tensor, pipeline, data, overrides = LAYOUTS[name]
     config = write_config(
         folder,
