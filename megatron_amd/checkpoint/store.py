@@ -38,6 +38,7 @@ from megatron_amd.checkpoint.folder import (
     read_state,
     write,
 )
+from megatron_amd.checkpoint.hf_tensors import unwrap
 from megatron_amd.data.hub import first_line
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
@@ -188,7 +189,7 @@ def load_weights(path: str | Path, role: str, model: torch.nn.Module, layout: La
         state = read_state(path)
         _check_role(path, state, role)
         check_files(path, {name: kept for name, kept in state["files"].items() if name.startswith(f"{role}/")})
-    stage = _unwrapped(model)
+    stage = unwrap(model)
     content = {**_CONTENT, "dp_cp_group": layout.groups.dp_cp}
     loaded = _read({"model": stage.sharded_state_dict(metadata=content)}, path / role)
     stage.load_state_dict(loaded["model"])
@@ -232,7 +233,7 @@ def _state_dict(role: RoleState, *, is_loading: bool = False) -> dict[str, Any]:
     """The role for `dist_checkpointing`, under the names that Megatron-LM uses."""
     _fill_optimizer_state(role.optimizer)
     content = {**_CONTENT, "dp_cp_group": role.layout.groups.dp_cp}
-    weights = _unwrapped(role.model).sharded_state_dict(metadata=content)
+    weights = unwrap(role.model).sharded_state_dict(metadata=content)
     return {
         "model": weights,
         "optimizer": role.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=content),
@@ -316,9 +317,9 @@ def check_fit(
     """
     for name in layouts:
         _check_role(path, state, name)
-    differences = list(_differences(state["fingerprint"], json.loads(json.dumps(fingerprint)), ""))
-    if differences:
-        raise InputError(f"{path}: does not fit this run: {', '.join(differences[:5])}; choose another run.directory")
+    found = [f"{name} is {saved}, here {here}" for name, saved, here in differences(state["fingerprint"], fingerprint)]
+    if found:
+        raise InputError(f"{path}: does not fit this run: {', '.join(found[:5])}; choose another run.directory")
     for name, layout in layouts.items():
         if layout is not None and state["roles"][name] != _layout_sizes(layout):
             saved, here = (
@@ -333,19 +334,27 @@ def _check_role(path: Path, state: dict[str, Any], role: str) -> None:
         raise InputError(f"{path}: holds no {role}, only {', '.join(state['roles'])}; resume with the settings it has")
 
 
-def _differences(saved: Any, expected: Any, where: str) -> Iterator[str]:
-    if isinstance(saved, dict) and isinstance(expected, dict):
-        for key in sorted(saved.keys() | expected.keys()):
-            yield from _differences(saved.get(key), expected.get(key), f"{where}.{key}" if where else key)
-    elif saved != expected:
-        yield f"{where} is {saved}, here {expected}"
+def differences(saved: Any, here: Any) -> list[tuple[str, Any, Any]]:
+    """Where two trees of JSON values differ: dotted name, the saved value, the value here (None: absent).
+
+    `here` may hold tuples, as `saved` did before it was written.
+    """
+
+    def walk(saved: Any, here: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+        if isinstance(saved, dict) and isinstance(here, dict):
+            for key in sorted(saved.keys() | here.keys()):
+                yield from walk(saved.get(key), here.get(key), f"{where}.{key}" if where else key)
+        elif saved != here:
+            yield where, saved, here
+
+    return list(walk(saved, json.loads(json.dumps(here)), ""))
 
 
 def _load_role(folder: Path, role: RoleState | None) -> None:
     loaded = _read(_state_dict(role, is_loading=True) if role else {}, folder)
     if role is None:
         return
-    _unwrapped(role.model).load_state_dict(loaded["model"])
+    unwrap(role.model).load_state_dict(loaded["model"])
     parts = _parts(role.optimizer)
     states = [loaded["optimizer"]] if len(parts) == 1 else [loaded["optimizer"][index] for index in range(len(parts))]
     for part, state in zip(parts, states, strict=True):
@@ -394,13 +403,6 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
 def _parts(optimizer: Any) -> list[Any]:
     """The optimizers inside a ChainedOptimizer."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
-
-
-def _unwrapped(model: Any) -> Any:
-    """The model inside Megatron-Core's DistributedDataParallel, or itself."""
-    while isinstance(getattr(model, "module", None), torch.nn.Module):
-        model = model.module
-    return model
 
 
 @contextlib.contextmanager

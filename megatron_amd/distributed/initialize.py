@@ -19,11 +19,6 @@ from megatron_amd.distributed.layout import Layout, build_layout, check_world_si
 from megatron_amd.errors import InputError
 
 
-def rank_from_environment() -> int:
-    """This process's rank as torchrun tells it; 0 when run without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def world_size_from_environment() -> int:
     """Number of processes as torchrun tells it; 1 when run without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))

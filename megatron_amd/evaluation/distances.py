@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_amd.batch import Prompts, Rollouts
-from megatron_amd.rollout.generate import generate
-from megatron_amd.training.collect import OFF, ON, make_batch, noise_seed
+from megatron_amd.training.collect import OFF, ON, make_batch, respond
 from megatron_amd.training.players import Players
 from megatron_amd.training.steps import measure
 
@@ -77,15 +76,12 @@ class HeldOut:
         prompts: Prompts | None = None,
         temperature: float = 1.0,
     ) -> Rollouts:
-        config = players.config
-        return generate(
+        return respond(
+            players,
             model,
             self._prompts if prompts is None else prompts,
-            layout=players.layout,
-            vocab_size=players.vocabulary.size,
-            eos_ids=self._eos_ids,
-            seed=noise_seed(config.run.seed, stream),
-            max_response_length=config.evaluation.max_response_length,
+            self._eos_ids,
+            stream,
+            max_response_length=players.config.evaluation.max_response_length,
             temperature=temperature,
-            batch_size=config.rollout.batch_size,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,22 +28,36 @@ def noise_seed(seed: int, stream: str) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def student_responses(players: Players, prompts: Prompts, eos_ids: tuple[int, ...]) -> Rollouts:
-    """On-policy responses, `rollout.samples_per_prompt` to each prompt, from the student as it is now."""
-    r = players.config.rollout
+def respond(
+    players: Players, model: torch.nn.Module, prompts: Prompts, eos_ids: tuple[int, ...], stream: str, **sampling: Any
+) -> Rollouts:
+    """Responses of one of the models, with the noise of a stream; `sampling` goes to `generate`."""
     return generate(
-        players.student,
+        model,
         prompts,
         layout=players.layout,
         vocab_size=players.vocabulary.size,
         eos_ids=eos_ids,
-        seed=noise_seed(players.config.run.seed, "student"),
+        seed=noise_seed(players.config.run.seed, stream),
+        batch_size=players.config.rollout.batch_size,
+        **sampling,
+    )
+
+
+def student_responses(players: Players, prompts: Prompts, eos_ids: tuple[int, ...]) -> Rollouts:
+    """On-policy responses, `rollout.samples_per_prompt` to each prompt, from the student as it is now."""
+    r = players.config.rollout
+    return respond(
+        players,
+        players.student,
+        prompts,
+        eos_ids,
+        "student",
         max_response_length=r.max_response_length,
         temperature=r.temperature,
         top_k=r.top_k,
         top_p=r.top_p,
         samples_per_prompt=r.samples_per_prompt,
-        batch_size=r.batch_size,
     )
 
 
@@ -51,18 +66,8 @@ def off_policy_responses(players: Players, prompts: Prompts, eos_ids: tuple[int,
     r = players.config.rollout
     if r.off_policy == "data":
         assert prompts.responses is not None
-        responses = [response[: r.max_response_length] for response in prompts.responses]
-        return Rollouts.from_lists(prompts.tokens, responses, players.layout.device)
-    return generate(
-        players.teacher,
-        prompts,
-        layout=players.layout,
-        vocab_size=players.vocabulary.size,
-        eos_ids=eos_ids,
-        seed=noise_seed(players.config.run.seed, "teacher"),
-        max_response_length=r.max_response_length,
-        batch_size=r.batch_size,
-    )
+        return Rollouts.from_lists(prompts.tokens, prompts.responses, players.layout.device)
+    return respond(players, players.teacher, prompts, eos_ids, "teacher", max_response_length=r.max_response_length)
 
 
 def make_batch(

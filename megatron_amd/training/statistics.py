@@ -69,6 +69,13 @@ def share_sums(values: torch.Tensor, layout: Layout, op: dist.ReduceOp.RedOpType
     """
     on_device = values.to(layout.device)
     dist.all_reduce(on_device, op=op, group=layout.groups.dp)
+    values.copy_(on_device)
+    broadcast_from_last_stage(values, layout)
+
+
+def broadcast_from_last_stage(values: torch.Tensor, layout: Layout) -> None:
+    """Give every pipeline stage the last one's numbers, in place. Collective over the replica's stages."""
+    on_device = values.to(layout.device)
     dist.broadcast(on_device, src=layout.last_stage_rank, group=layout.groups.pp)
     values.copy_(on_device)
 

@@ -18,7 +18,7 @@ from megatron_amd.objectives.fused_head import TokenStatistics, critic_loss, hea
 from megatron_amd.objectives.moments import policy_gradient_scores
 from megatron_amd.training.optimizer import StepResult
 from megatron_amd.training.players import Players
-from megatron_amd.training.statistics import batch_metrics, share_sums
+from megatron_amd.training.statistics import batch_metrics, broadcast_from_last_stage, share_sums
 
 
 def coefficient(microbatch: MicroBatch, beta: float) -> float:
@@ -68,7 +68,7 @@ def critic_step(players: Players, batch: Batch) -> tuple[StepResult, dict[str, f
     loss_sum = float(sum(loss.double() for _, loss in kept or ()))
     moments = batch_metrics(batch, statistics, players.layout, players.config.critic.bound)
     shared = torch.tensor([step.grad_norm, step.learning_rate, float(step.applied)], dtype=torch.float64)
-    _broadcast_from_last_stage(shared, players.layout)
+    broadcast_from_last_stage(shared, players.layout)
     grad_norm, learning_rate, applied = shared.tolist()
     moves = {
         "critic/loss": _sum_loss(loss_sum, players.layout),
@@ -184,9 +184,3 @@ def _sum_loss(loss: float, layout: Layout) -> float:
     total = torch.tensor([loss], dtype=torch.float64)
     share_sums(total, layout)
     return total.item()
-
-
-def _broadcast_from_last_stage(values: Tensor, layout: Layout) -> None:
-    on_device = values.to(layout.device)
-    torch.distributed.broadcast(on_device, src=layout.last_stage_rank, group=layout.groups.pp)
-    values.copy_(on_device)

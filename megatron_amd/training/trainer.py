@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +57,7 @@ class Trainer:
         config: the run's settings.
         plan: the models' sizes.
         players: teacher and student, filled with their first weights, the student not yet wrapped for training.
-        loader: prompts of this replica.
+        loader: prompts of this replica, at its place in the run.
         eos_ids: tokens that end a response.
         held_out: the evaluation, or None.
         resume_from: what `find_checkpoint` has found.
@@ -312,7 +310,6 @@ class Trainer:
         if path is not None and state is not None:
             _, rank_state = store.load(path, self._roles(), fingerprint=fingerprint(config, self.plan))
             _restore_random_states(rank_state["rng"])
-            self.loader.load_state_dict(state["loader"])
 
     def _roles(self) -> dict[str, Any]:
         """The trained roles as the checkpoint wants them."""
@@ -378,15 +375,8 @@ def _critic_fingerprint(config: Config, plan: ModelPlan) -> Any:
 
 def changed_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
     """Settings that differ from those a checkpoint was saved with, its place aside, as "section.field old -> new"."""
-
-    def differences(saved: Any, now: Any, where: str) -> Iterator[str]:
-        if isinstance(saved, dict) and isinstance(now, dict):
-            for name in now:
-                yield from differences(saved.get(name), now[name], f"{where}.{name}" if where else name)
-        elif saved != now and where != "run.directory":
-            yield f"{where} {saved} -> {now}"
-
-    return list(differences(checkpoint[1].get("config", {}), json.loads(json.dumps(config_to_dict(config))), ""))
+    found = store.differences(checkpoint[1].get("config", {}), config_to_dict(config))
+    return [f"{name} {saved} -> {now}" for name, saved, now in found if name != "run.directory"]
 
 
 def _is_due(iteration: int, interval: int) -> bool:
