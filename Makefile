@@ -1,6 +1,7 @@
 # make demo          distil a real model on this machine's CPU (examples/demo)
 # make check         formatting, lint, types, tests: what CI runs
 # make check-latest  the layout and step tests on Python 3.12 with the newest Megatron-Core
+# make bench-fused-head  time and memory of the fused head beside dense torch and TRL (about 15 minutes)
 # make format        rewrite files as `make check` wants them
 # make clean         remove environments, caches and build output (runs/ stays)
 #
@@ -25,7 +26,7 @@ PYTEST_ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo check check-latest format clean
+.PHONY: demo check check-latest bench-fused-head format clean
 
 # Two ranks with several threads each would fight over two cores, and sums over threads change with their number.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -52,6 +53,9 @@ export PYTHON
 .venv-latest/installed: setup.py Makefile
 	$(call make_environment,.venv-latest,3.12 3.13,dev,$(MEGATRON_LATEST))
 
+.venv-bench/installed: setup.py Makefile
+	$(call make_environment,.venv-bench,3.11 3.12 3.13 3.10,bench,$(MEGATRON))
+
 demo: .venv-demo/installed
 	@PATH="$(CURDIR)/.venv-demo/bin:$$PATH" examples/demo/run.sh
 
@@ -65,6 +69,9 @@ check: .venv-check/installed
 
 check-latest: .venv-latest/installed
 	@PATH="$(CURDIR)/.venv-latest/bin:$$PATH" $(TEST_ENVIRONMENT) pytest -q tests -k "layout or step" $(PYTEST_ARGS)
+
+bench-fused-head: .venv-bench/installed
+	@.venv-bench/bin/python benchmarks/fused_head.py
 
 format: .venv-check/installed
 	@.venv-check/bin/ruff format .

@@ -37,6 +37,8 @@ EXTRAS_REQUIRE = {
     "te": ["transformer-engine[pytorch]>=2.9"],
     # Reading the demo's quantised teacher (tools/prepare_demo.py).
     "demo": ["gguf>=0.17", "accelerate>=1.1"],
+    # What benchmarks/ compares with.
+    "bench": ["trl>=1.16,<2"],
     "dev": [
         "megatron_amd[demo]",
         "pytest>=9,<10",

@@ -27,7 +27,6 @@ CONTROLS: dict[str, list[str]] = {
         "critic.head_init=lm_head",
     ],
     "AMM, log-ratio prior": ["objective.name=amm", "critic.prior=log_ratio"],
-    "AMM, prior, per_step": ["objective.name=amm", "critic.prior=log_ratio", "objective.policy_gradient=per_step"],
 }
 DISTANCES = ("tv_off", "kl_off", "tv_on", "kl_on")
 

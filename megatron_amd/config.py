@@ -21,7 +21,7 @@ from typing import Any, Literal
 from megatron_amd.config_yaml import apply_override, build_section, parse_yaml, type_name, write_yaml
 from megatron_amd.errors import InputError
 
-ObjectiveName = Literal["amm", "kl", "rkl", "js", "tv", "sft"]
+ObjectiveName = Literal["amm", "kl", "rkl", "js", "gjs", "skew_kl", "skew_rkl", "tv", "sft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +146,17 @@ class ObjectiveConfig:
     """What the student minimises."""
 
     name: ObjectiveName = "amm"
-    """`amm`: adversarial moment matching. `kl`, `rkl`, `js`, `tv`: step-wise distances between teacher and student.
-    `sft`: cross-entropy on the off-policy responses."""
+    """`amm`: adversarial moment matching. `kl`, `rkl`, `js`, `gjs`, `skew_kl`, `skew_rkl`, `tv`: step-wise distances
+    between teacher and student. `sft`: cross-entropy on the off-policy responses."""
+    gjs_weight: float = 0.1
+    """Weight b of the teacher in `gjs`: b KL(p||m) + (1-b) KL(q||m), m = b p + (1-b) q. In (0, 1); 0.5 is `js`."""
+    skew: float = 0.1
+    """Share lambda of the own distribution that `skew_kl` and `skew_rkl` mix into the other, in (0, 1)."""
+    student_temperature: float = 1.0
+    """The objective's q is softmax(logits / this). Gradients are not rescaled by its square."""
+    teacher_temperature: float = 1.0
+    """The objective's p is softmax(logits / this). Responses are sampled at `rollout.temperature` (student) and 1
+    (teacher) all the same, and evaluation measures the models as they are."""
     beta: float = 0.5
     """Weight of the off-policy term (beta): L = beta * off + (1 - beta) * on. 1: teacher states only; 0: student
     states only. Which term beta multiplies is our choice."""
@@ -263,7 +272,12 @@ class TrainingConfig:
     ddp: dict[str, Any] = field(default_factory=dict)
     """Further fields of Megatron-Core's DistributedDataParallelConfig."""
     head_chunk_tokens: int | None = None
-    """Tokens per chunk in the fused head and objective; unset: chosen so that a chunk takes about 256 MiB."""
+    """Tokens per chunk in the fused head and objective; unset: as many as head_memory_mib allows."""
+    head_memory_mib: int = 512
+    """Working set of a chunk in the fused head and objective, in MiB. Small chunks cost time: each reads and writes
+    the heads' whole gradient."""
+    compile_heads: bool = True
+    """On a GPU, make kernels of the objective's element-wise part with torch.compile."""
     max_nonfinite_steps: int = 5
     """Steps in a row with a NaN or infinite gradient, each skipped and counted, after which the run stops."""
     log_interval: int = 1
@@ -426,6 +440,7 @@ def _check(config: Config) -> None:
 
 
 _UNIT_INTERVAL = ("objective.beta", "warmup.beta")
+_OPEN_UNIT_INTERVAL = ("objective.gjs_weight", "objective.skew")
 _POSITIVE_UNIT_INTERVAL = ("objective.gamma", "rollout.top_p")
 _AT_LEAST_ONE = (
     "parallel.tensor_model_parallel_size",
@@ -435,6 +450,7 @@ _AT_LEAST_ONE = (
     "training.log_interval",
     "training.max_nonfinite_steps",
     "training.head_chunk_tokens",
+    "training.head_memory_mib",
     "rollout.max_response_length",
     "rollout.samples_per_prompt",
     "rollout.batch_size",
@@ -444,7 +460,12 @@ _AT_LEAST_ONE = (
     "checkpoint.keep",
     *(f"{section}.optim.decay_steps" for section in ("training", "critic", "warmup")),
 )
-_POSITIVE = ("critic.bound", "parallel.timeout_minutes")
+_POSITIVE = (
+    "critic.bound",
+    "parallel.timeout_minutes",
+    "objective.student_temperature",
+    "objective.teacher_temperature",
+)
 _NOT_NEGATIVE = (
     "objective.critic_steps",
     "critic.warmup_steps",
@@ -468,6 +489,7 @@ _NOT_NEGATIVE = (
 def _check_ranges(config: Config) -> None:
     for names, allowed, wanted in (
         (_UNIT_INTERVAL, lambda x: 0 <= x <= 1, "in [0, 1]"),
+        (_OPEN_UNIT_INTERVAL, lambda x: 0 < x < 1, "in (0, 1)"),
         (_POSITIVE_UNIT_INTERVAL, lambda x: 0 < x <= 1, "in (0, 1]"),
         (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
         (_POSITIVE, lambda x: x > 0, "positive"),
@@ -503,7 +525,7 @@ def _check_layout(parallel: ParallelConfig) -> None:
 def _check_objective(config: Config) -> None:
     objective, warmup, rollout = config.objective, config.warmup, config.rollout
     if warmup.name == "amm":
-        raise InputError("warmup.name: must not be amm; use sft, kl, rkl, js or tv")
+        raise InputError("warmup.name: must not be amm; use sft or a distance such as kl")
     if objective.name == "sft" and objective.beta != 1:
         raise InputError("objective.beta: must be 1 for sft, which learns from off-policy responses alone")
     if warmup.name == "sft" and warmup.beta != 1 and warmup.steps:
@@ -514,16 +536,22 @@ def _check_objective(config: Config) -> None:
             "objective.estimator: sampled needs rollout.off_policy: teacher, because a gold token is not a sample "
             "of the teacher; use full_vocabulary with responses from the data"
         )
-    untruncated = rollout.temperature == 1 and rollout.top_k == 0 and rollout.top_p == 1
-    if amm and objective.beta < 1 and not untruncated:
+    if amm and objective.beta > 0 and objective.estimator == "sampled" and objective.teacher_temperature != 1:
+        raise InputError(
+            "objective.estimator: sampled needs objective.teacher_temperature 1, at which the teacher's responses are "
+            "sampled; use full_vocabulary"
+        )
+    temperature = objective.student_temperature
+    from_the_student = rollout.temperature == temperature and rollout.top_k == 0 and rollout.top_p == 1
+    if amm and objective.beta < 1 and not from_the_student:
         for name, value, other in (
             ("policy_gradient", objective.policy_gradient, "per_step"),
             ("estimator", objective.estimator, "full_vocabulary"),
         ):
             if value != other:
                 raise InputError(
-                    f"objective.{name}: {value} is unbiased only for rollout.temperature 1, top_k 0 and top_p 1; use "
-                    f"those, or {name}: {other}"
+                    f"objective.{name}: {value} is unbiased only for rollout.temperature {temperature:g}, top_k 0 and "
+                    f"top_p 1; use those, or {name}: {other}"
                 )
     if amm and config.critic.tightness_threshold is not None and not objective.critic_steps:
         raise InputError("critic.tightness_threshold: needs objective.critic_steps of at least 1")

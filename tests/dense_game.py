@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -62,6 +62,15 @@ class _States:
     z_student: Tensor
     z_teacher: Tensor
 
+    def tempered(self, config: Config) -> _States:
+        """With the logits of the objective's distributions."""
+        objective = config.objective
+        return replace(
+            self,
+            z_student=self.z_student / objective.student_temperature,
+            z_teacher=self.z_teacher / objective.teacher_temperature,
+        )
+
 
 class DenseGame:
     """The game on given sequences.
@@ -99,10 +108,12 @@ class DenseGame:
         objective = config.objective
         loss = torch.zeros((), dtype=torch.float64)
         for on_policy, share in ((False, objective.beta), (True, 1 - objective.beta)):
-            critics = [self._critic(config, on_policy, s).detach() for s in self.states[on_policy]]
-            weights, scores = self._student_weights(config, on_policy, critics)
-            for s, f, w, score in zip(self.states[on_policy], critics, weights, scores, strict=True):
-                term = reference.student_loss(objective.name, s.z_teacher, s.z_student, f, s.y, w, score)
+            states = [s.tempered(config) for s in self.states[on_policy]]
+            critics = [self._critic(config, on_policy, s).detach() for s in states]
+            weights, scores = self._student_weights(config, states, on_policy, critics)
+            parameters = {"gjs_weight": objective.gjs_weight, "skew": objective.skew}
+            for s, f, w, score in zip(states, critics, weights, scores, strict=True):
+                term = reference.student_loss(objective.name, s.z_teacher, s.z_student, f, s.y, w, score, **parameters)
                 loss = loss + share / self._normalizer(config, on_policy) * term
         return _gradients(loss, dict(self.models["student"].named_parameters()))
 
@@ -111,7 +122,7 @@ class DenseGame:
         objective = config.objective
         loss = torch.zeros((), dtype=torch.float64)
         for on_policy, share in ((False, objective.beta), (True, 1 - objective.beta)):
-            for s in self.states[on_policy]:
+            for s in (s.tempered(config) for s in self.states[on_policy]):
                 f = self._critic(config, on_policy, s)
                 u = reference.moments(objective.estimator, on_policy, s.z_teacher, s.z_student, f, s.y)
                 discounts = objective.gamma ** torch.arange(len(s.y), dtype=torch.float64)
@@ -140,8 +151,10 @@ class DenseGame:
         c = config.critic
         terms = [
             (
-                s.hidden[source] if source == "own" else s.hidden[source].detach(),
-                self.heads[on_policy, source][: self.vocab_size],
+                reference.logits(
+                    s.hidden[source] if source == "own" else s.hidden[source].detach(),
+                    self.heads[on_policy, source][: self.vocab_size],
+                ),
                 -1.0 if source == "student" else 1.0,
             )
             for source in _sources(config)
@@ -155,11 +168,10 @@ class DenseGame:
         return sum(len(s.y) for s in states) if config.objective.normalization == "per_token" else len(states)
 
     def _student_weights(
-        self, config: Config, on_policy: bool, critics: list[Tensor]
+        self, config: Config, states: list[_States], on_policy: bool, critics: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Of each state: the weight of D and of ln q(y)."""
         objective, gamma = config.objective, config.objective.gamma
-        states = self.states[on_policy]
         discounts = [gamma ** torch.arange(len(s.y), dtype=torch.float64) for s in states]
         none = [torch.zeros_like(w) for w in discounts]
         if objective.name != "amm" or not on_policy or objective.policy_gradient == "per_step":

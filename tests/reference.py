@@ -19,7 +19,13 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.double() @ weight.double().T
 
 
-def distance(name: str, z_teacher: Tensor, z_student: Tensor) -> Tensor:
+GJS_WEIGHT, SKEW = 0.1, 0.1
+"""b of gjs and lambda of skew_kl and skew_rkl where nothing else is said."""
+
+
+def distance(
+    name: str, z_teacher: Tensor, z_student: Tensor, *, gjs_weight: float = GJS_WEIGHT, skew: float = SKEW
+) -> Tensor:
     """Step-wise distance of each state [N], by its definition."""
     log_p, log_q = z_teacher.log_softmax(1), z_student.log_softmax(1)
     p, q = log_p.exp(), log_q.exp()
@@ -29,14 +35,21 @@ def distance(name: str, z_teacher: Tensor, z_student: Tensor) -> Tensor:
         return (q * (log_q - log_p)).sum(1)
     if name == "tv":
         return (p - q).abs().sum(1) / 2
-    if name == "js":
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        return (p * (log_p - log_m)).sum(1) / 2 + (q * (log_q - log_m)).sum(1) / 2
+    if name in ("js", "gjs"):
+        b = 0.5 if name == "js" else gjs_weight
+        log_m = torch.logaddexp(log_p + math.log(b), log_q + math.log(1 - b))
+        return b * (p * (log_p - log_m)).sum(1) + (1 - b) * (q * (log_q - log_m)).sum(1)
+    if name == "skew_kl":
+        log_m = torch.logaddexp(log_p + math.log(skew), log_q + math.log(1 - skew))
+        return (p * (log_p - log_m)).sum(1)
+    if name == "skew_rkl":
+        log_m = torch.logaddexp(log_p + math.log(1 - skew), log_q + math.log(skew))
+        return (q * (log_q - log_m)).sum(1)
     raise ValueError(name)
 
 
 def critic_values(
-    terms: Sequence[tuple[Tensor, Tensor, float]],
+    terms: Sequence[tuple[Tensor, float]],
     z_teacher: Tensor,
     z_student: Tensor,
     *,
@@ -46,11 +59,11 @@ def critic_values(
     prior: str = "none",
     prior_scale: float = 1.0,
 ) -> Tensor:
-    """f [N, V] of terms (hidden [N, H_j], weight [V, H_j], sign); p and q are constants."""
+    """f [N, V] of terms (logits of a critic's head [N, V], sign); p and q are constants."""
     log_p, log_q = z_teacher.detach().log_softmax(1), z_student.detach().log_softmax(1)
     raw = torch.zeros_like(log_p)
-    for hidden, weight, sign in terms:
-        raw = raw + sign * logits(hidden, weight)
+    for values, sign in terms:
+        raw = raw + sign * values
     if prior == "log_ratio":
         raw = raw + prior_scale * (log_p - log_q)
     if center:
@@ -59,15 +72,17 @@ def critic_values(
     return bound * torch.tanh(raw) if squash == "tanh" else raw
 
 
-def student_values(objective: str, z_teacher: Tensor | None, z_student: Tensor, f: Tensor | None, y: Tensor) -> Tensor:
-    """D of each state [N]; f is a constant."""
+def student_values(
+    objective: str, z_teacher: Tensor | None, z_student: Tensor, f: Tensor | None, y: Tensor, **parameters: float
+) -> Tensor:
+    """D of each state [N]; f is a constant. parameters: of `distance`."""
     if objective == "sft":
         return -z_student.log_softmax(1).gather(1, y[:, None])[:, 0]
     assert z_teacher is not None
     if objective == "amm":
         assert f is not None
         return ((z_teacher.softmax(1) - z_student.softmax(1)) * f.detach()).sum(1)
-    return distance(objective, z_teacher, z_student)
+    return distance(objective, z_teacher, z_student, **parameters)
 
 
 def student_loss(
@@ -78,10 +93,13 @@ def student_loss(
     y: Tensor,
     weights: Tensor,
     scores: Tensor,
+    **parameters: float,
 ) -> Tensor:
-    """sum weights D + sum scores ln q(y)."""
+    """sum weights D + sum scores ln q(y). parameters: of `distance`."""
     logprobs = z_student.log_softmax(1).gather(1, y[:, None])[:, 0]
-    return (weights * student_values(objective, z_teacher, z_student, f, y)).sum() + (scores * logprobs).sum()
+    return (weights * student_values(objective, z_teacher, z_student, f, y, **parameters)).sum() + (
+        scores * logprobs
+    ).sum()
 
 
 def moments(estimator: str, on_policy: bool, z_teacher: Tensor, z_student: Tensor, f: Tensor, y: Tensor) -> Tensor:
@@ -95,12 +113,13 @@ def moments(estimator: str, on_policy: bool, z_teacher: Tensor, z_student: Tenso
 
 def statistics(z_teacher: Tensor, z_student: Tensor, f: Tensor | None, y: Tensor) -> dict[str, Tensor]:
     """Every field of TokenStatistics that is not None, each [N]."""
-    p, q = z_teacher.softmax(1), z_student.softmax(1)
+    log_p, log_q = z_teacher.log_softmax(1), z_student.log_softmax(1)
+    p, q = log_p.exp(), log_q.exp()
     result = {name: distance(name, z_teacher, z_student) for name in ("kl", "rkl", "tv", "js")}
-    result["entropy_student"] = -(q * q.log()).sum(1)
-    result["entropy_teacher"] = -(p * p.log()).sum(1)
-    result["student_logprob"] = q.gather(1, y[:, None])[:, 0].log()
-    result["teacher_logprob"] = p.gather(1, y[:, None])[:, 0].log()
+    result["entropy_student"] = -(q * log_q).sum(1)
+    result["entropy_teacher"] = -(p * log_p).sum(1)
+    result["student_logprob"] = log_q.gather(1, y[:, None])[:, 0]
+    result["teacher_logprob"] = log_p.gather(1, y[:, None])[:, 0]
     result["top1_agreement"] = (p.argmax(1) == q.argmax(1)).double()
     if f is not None:
         result["delta"] = ((p - q) * f).sum(1)

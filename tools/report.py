@@ -202,6 +202,7 @@ def sections(run: Run) -> dict[str, list[Chart]]:
             both("distance/rkl", "KL(student ‖ teacher)", "nats per token"),
             both("distance/js", "Jensen–Shannon", "nats per token"),
             both("distance/top1_agreement", "Same likeliest token", "share of states"),
+            both("distance/teacher_mass", "Teacher's probability of the written token", "per token"),
             Chart("Entropy", "nats per token", entropies),
         ],
         "Optimisation": [

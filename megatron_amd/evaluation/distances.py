@@ -42,7 +42,7 @@ class HeldOut:
             self._teacher_responses = self._respond(players, players.teacher, "held-out teacher")
         student_responses = self._respond(players, players.student, "held-out student")
         batch = make_batch(players, {OFF: self._teacher_responses, ON: student_responses})
-        distances = measure(players, batch)
+        distances = measure(players, batch, tempered=False)
         count = torch.tensor([len(self._prompts)], dtype=torch.int64, device=players.layout.device)
         dist.all_reduce(count, group=players.layout.groups.dp)
         return {

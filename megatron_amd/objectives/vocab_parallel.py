@@ -75,39 +75,60 @@ def local_max(values: Tensor) -> Tensor:
     return values.amax(1) if values.shape[1] else values.new_full((values.shape[0],), -torch.inf)
 
 
+@dataclass(frozen=True)
 class Partition:
     """What normalises one softmax over the whole vocabulary, each [n]."""
 
-    def __init__(self, top: Tensor, total: Tensor, weighted: Tensor | None):
-        self.top = top
-        """Largest logit."""
-        self.log_total = total.log()
-        """ln sum exp(z - top)."""
-        self.expectation = None if weighted is None else weighted / total
-        """Mean of `values` under the softmax, where values were given."""
+    local_top: Tensor
+    """Largest logit of this shard; -inf where it has no real id."""
+    top: Tensor
+    """Largest logit."""
+    log_total: Tensor
+    """ln sum exp(z - top)."""
+    expectation: Tensor | None
+    """Mean of `values` under the softmax, where values were given."""
+
+    @property
+    def shift(self) -> Tensor:
+        """What log-probabilities are below logits less `local_top`."""
+        return (self.top - self.local_top) + self.log_total
+
+    @property
+    def holds_top(self) -> Tensor:
+        """bool: the largest logit lies on this shard."""
+        return self.local_top == self.top
+
+    def __getitem__(self, part: slice) -> Partition:
+        """Of these tokens alone."""
+        expectation = None if self.expectation is None else self.expectation[part]
+        return Partition(self.local_top[part], self.top[part], self.log_total[part], expectation)
 
 
-def partitions(logits: Sequence[Tensor], values: Tensor | None, group: dist.ProcessGroup | None) -> list[Partition]:
-    """The partition of each of several softmaxes, and the mean of `values` under each, in one exchange.
+def subtract_top(logits: Tensor, values: Tensor | None) -> Tensor:
+    """Subtract each token's largest from logits [n, R] in place: [2 or 3, n] of what `partitions` exchanges.
 
-    logits: each [n, R] on this shard; values: [n, R] or None. Each rank contributes its own maximum and its sums
-    relative to that maximum. They are gathered rather than all-reduced: one round instead of a MAX and a SUM, and the
-    shards are added in the order of their ranks, so that equal logits give equal bits (a ring adds in an order that
-    depends on where a number lies in the buffer).
+    These are that largest, the sum of the exponentials of what is left, and that sum weighted with `values` [n, R].
     """
-    parts = []
-    for z in logits:
-        top = local_max(z)
-        weights = (z - top[:, None]).exp_()
-        parts += [top, weights.sum(1)]
-        if values is not None:
-            parts.append((weights * values).sum(1))
-    shards = _all_gather(torch.stack(parts), group)
-    step = 2 if values is None else 3
-    return [_combine([shard[i : i + step] for shard in shards]) for i in range(0, len(parts), step)]
+    top = local_max(logits)
+    weights = logits.sub_(top[:, None]).exp()
+    sums = [top, weights.sum(1)]
+    if values is not None:
+        sums.append(weights.mul_(values).sum(1))
+    return torch.stack(sums)
 
 
-def _combine(shards: Sequence[Tensor]) -> Partition:
+def partitions(sums: Tensor, group: dist.ProcessGroup | None) -> list[Partition]:
+    """The partition of each of several softmaxes in one exchange.
+
+    sums: [softmaxes, 2 or 3, n], of each what `subtract_top` gave. They are gathered rather than all-reduced: one round
+    instead of a MAX and a SUM, and the shards are added in the order of their ranks, so that equal logits give equal
+    bits (a ring adds in an order that depends on where a number lies in the buffer).
+    """
+    shards = _all_gather(sums, group)
+    return [_combine(own[0], [shard[i] for shard in shards]) for i, own in enumerate(sums)]
+
+
+def _combine(local_top: Tensor, shards: Sequence[Tensor]) -> Partition:
     """Shards' (top, total[, weighted]), each [2 or 3, n], of one softmax."""
     top = shards[0][0]
     for shard in shards[1:]:
@@ -115,25 +136,36 @@ def _combine(shards: Sequence[Tensor]) -> Partition:
     sums = torch.zeros_like(shards[0][1:])
     for shard in shards:
         sums += shard[1:] * (shard[0] - top).exp()
-    return Partition(top, sums[0], sums[1] if len(sums) > 1 else None)
+    expectation = sums[1] / sums[0] if len(sums) > 1 else None
+    return Partition(local_top, top, sums[0].log(), expectation)
 
 
+@dataclass(frozen=True)
 class LocalTargets:
     """Target ids of n tokens, as far as this shard holds them. Ids outside the vocabulary belong to no shard."""
 
-    def __init__(self, targets: Tensor, shard_start: int, real_rows: int):
+    index: Tensor
+    """int64 [n, 1]: row of the shard, where it is owned."""
+    owned: Tensor
+    """bool [n]."""
+
+    @classmethod
+    def of(cls, targets: Tensor, shard_start: int, real_rows: int) -> LocalTargets:
+        """targets: int64 [n]; the shard holds the ids shard_start .. shard_start + real_rows - 1."""
         index = targets - shard_start
-        self._owned = (index >= 0) & (index < real_rows)
-        self._index = index.clamp(0, max(real_rows - 1, 0))[:, None]
-        self._empty = real_rows == 0
+        return cls(index.clamp(0, max(real_rows - 1, 0))[:, None], (index >= 0) & (index < real_rows))
+
+    def __getitem__(self, part: slice) -> LocalTargets:
+        """Of these tokens alone."""
+        return LocalTargets(self.index[part], self.owned[part])
 
     def take(self, values: Tensor) -> Tensor:
         """[n, R] -> values at the targets [n], 0 where another shard holds the target: the sum over shards is whole."""
-        if self._empty:
+        if not values.shape[1]:
             return values.new_zeros(values.shape[0])
-        return values.gather(1, self._index)[:, 0] * self._owned
+        return torch.where(self.owned, values.gather(1, self.index)[:, 0], 0)
 
     def add_(self, values: Tensor, amounts: Tensor | float) -> None:
         """Add `amounts` ([n] or a number) to the targets' entries of values [n, R], in place."""
-        if not self._empty:
-            values.scatter_add_(1, self._index, (self._owned * amounts).to(values.dtype)[:, None])
+        if values.shape[1]:
+            values.scatter_add_(1, self.index, (self.owned * amounts).to(values.dtype)[:, None])

@@ -46,6 +46,9 @@ METRICS: dict[str, str] = {
     **_both("distance/rkl", "KL(student || teacher), mean per token, on {states}"),
     **_both("distance/js", "Jensen-Shannon divergence, mean per token, on {states}"),
     **_both("distance/top1_agreement", "share of {states} where both models' likeliest token is the same"),
+    **_both(
+        "distance/teacher_mass", "teacher's probability of the token that was written, mean per token, on {states}"
+    ),
     **_both("distance/entropy_student", "entropy of the student's next token, mean per token, on {states}"),
     **_both("distance/entropy_teacher", "entropy of the teacher's next token, mean per token, on {states}"),
     "critic/loss": "what the critic descends: minus the weighted moments, last of the K steps",
@@ -245,7 +248,8 @@ class _EventFile:
         for name, number in values.items():
             value = summary.value.add(tag=name, simple_value=number)
             if name not in self._described:
-                value.metadata.CopyFrom(SummaryMetadata(summary_description=METRICS[name]))
+                scalars = SummaryMetadata.PluginData(plugin_name="scalars")
+                value.metadata.CopyFrom(SummaryMetadata(summary_description=METRICS[name], plugin_data=scalars))
                 self._described.add(name)
         self._put(Event(wall_time=time.time(), step=step, summary=summary))
 

@@ -14,7 +14,8 @@ from megatron_amd.distributed.schedule import forward_states
 from megatron_amd.models.critic import SIGNS, HeadCritic, TrunkCritic
 from megatron_amd.models.gpt import CausalLM
 from megatron_amd.models.roles import ModelPlan, build_critic, build_model
-from megatron_amd.objectives.fused_head import CriticHead, Head
+from megatron_amd.objectives.divergences import Divergence, divergence
+from megatron_amd.objectives.heads import CriticHead, Head, HeadOptions
 from megatron_amd.objectives.vocab_parallel import Vocabulary
 from megatron_amd.training.first_weights import fill_critic, fill_model, freeze
 from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
@@ -34,14 +35,28 @@ class Players:
     """None before the main game, and where the objective has no critic."""
     critic_optimization: Optimization | None = None
 
-    def student_head(self, states: Tensor) -> Head:
-        """The student's LM head on given states [N, H]."""
-        return Head(states, self.student.head_weight())
+    def objective(self, name: str) -> str | Divergence:
+        """`amm`, `sft`, or the distance of that name with the run's parameters."""
+        if name in ("amm", "sft"):
+            return name
+        return divergence(name, gjs_weight=self.config.objective.gjs_weight, skew=self.config.objective.skew)
 
-    def teacher_head(self, batch: Batch, index: int) -> Head:
-        """The teacher's LM head on its states of a micro-batch."""
+    @property
+    def head_options(self) -> HeadOptions:
+        """How the vocabulary-wide work is done."""
+        training = self.config.training
+        return HeadOptions(training.head_chunk_tokens, training.head_memory_mib, training.compile_heads)
+
+    def student_head(self, states: Tensor, *, tempered: bool = True) -> Head:
+        """The student's LM head on given states [N, H], at the objective's temperature if `tempered`, else at 1."""
+        temperature = self.config.objective.student_temperature if tempered else 1.0
+        return Head(states, self.student.head_weight(), 1 / temperature)
+
+    def teacher_head(self, batch: Batch, index: int, *, tempered: bool = True) -> Head:
+        """The teacher's LM head on its states of a micro-batch, at the objective's temperature if `tempered`."""
         assert batch.teacher_states is not None
-        return Head(batch.teacher_states[index], self.teacher.head_weight())
+        temperature = self.config.objective.teacher_temperature if tempered else 1.0
+        return Head(batch.teacher_states[index], self.teacher.head_weight(), 1 / temperature)
 
     def critic_head(self, batch: Batch, index: int, own_states: Tensor | None) -> CriticHead:
         """The critic's head for a micro-batch; `own_states` [N, H] come from its trunk, if it has one."""

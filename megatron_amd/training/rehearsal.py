@@ -269,7 +269,7 @@ class _Stage:
                 on_policy=batch.microbatches[0].on_policy,
                 estimator=objective.estimator,
                 vocabulary=self.players.vocabulary,
-                chunk_tokens=self.config.training.head_chunk_tokens,
+                options=self.players.head_options,
             )
             return value
 
@@ -290,12 +290,12 @@ class _Stage:
                 self.players.student_head(states),
                 self.players.teacher_head(batch, 0) if name != "sft" else None,
                 self.players.critic_head(batch, 0, own[0] if own else None) if name == "amm" else None,
-                objective=name,
+                objective=self.players.objective(name),
                 targets=batch.microbatches[0].targets,
                 weights=batch.weights[0],
                 scores=batch.weights[0],
                 vocabulary=self.players.vocabulary,
-                chunk_tokens=self.config.training.head_chunk_tokens,
+                options=self.players.head_options,
             )
             return value
 
@@ -348,7 +348,7 @@ class _Stage:
                     None,
                     batch.microbatches[0].targets,
                     self.players.vocabulary,
-                    self.config.training.head_chunk_tokens,
+                    self.players.head_options,
                 )
         return {"activations": activations, "heads and loss": max(0, live.peak - activations)}
 

@@ -12,7 +12,7 @@ from megatron_amd.distributed.layout import Layout
 from megatron_amd.objectives.fused_head import TokenStatistics
 from megatron_amd.training.metrics import peak_memory_gib
 
-_MEANS = ("kl", "rkl", "tv", "js", "entropy_student", "entropy_teacher", "top1_agreement")
+_MEANS = ("kl", "rkl", "tv", "js", "entropy_student", "entropy_teacher", "top1_agreement", "teacher_mass")
 
 
 def batch_metrics(

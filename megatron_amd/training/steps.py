@@ -26,9 +26,12 @@ def coefficient(microbatch: MicroBatch, beta: float) -> float:
     return 1.0 - beta if microbatch.on_policy else beta
 
 
-def measure(players: Players, batch: Batch) -> dict[str, float]:
-    """Distances between the models on the batch, and the critic's moments if there is one. Collective."""
-    statistics = _statistics(players, batch, players.critic_states(batch))
+def measure(players: Players, batch: Batch, *, tempered: bool = True) -> dict[str, float]:
+    """Distances between the models on the batch, and the critic's moments if there is one. Collective.
+
+    tempered: the distributions at the objective's temperatures; otherwise the models' own.
+    """
+    statistics = _statistics(players, batch, players.critic_states(batch), tempered)
     return batch_metrics(batch, statistics, players.layout, players.config.critic.bound)
 
 
@@ -54,7 +57,7 @@ def critic_step(players: Players, batch: Batch) -> tuple[StepResult, dict[str, f
             on_policy=microbatch.on_policy,
             estimator=objective.estimator,
             vocabulary=players.vocabulary,
-            chunk_tokens=players.config.training.head_chunk_tokens,
+            options=players.head_options,
         )
         return loss, (statistics, loss.detach())
 
@@ -102,12 +105,12 @@ def student_step(players: Players, batch: Batch, name: str, beta: float) -> tupl
             players.student_head(states),
             players.teacher_head(batch, index) if name != "sft" else None,
             players.critic_head(batch, index, own) if name == "amm" else None,
-            objective=name,
+            objective=players.objective(name),
             targets=microbatch.targets,
             weights=weights[index] * share,
             scores=None if scores[index] is None else scores[index] * share,
             vocabulary=players.vocabulary,
-            chunk_tokens=players.config.training.head_chunk_tokens,
+            options=players.head_options,
             with_statistics=name not in ("amm", "sft"),
         )
         return loss, (tokens.statistics, loss.detach())
@@ -161,19 +164,21 @@ def _student_weights(
     return weights, scores, metrics
 
 
-def _statistics(players: Players, batch: Batch, own_states: list[Tensor] | None) -> list[TokenStatistics] | None:
+def _statistics(
+    players: Players, batch: Batch, own_states: list[Tensor] | None, tempered: bool = True
+) -> list[TokenStatistics] | None:
     """Per-token statistics of every micro-batch on the last stage, else None."""
     with_critic = players.critic is not None
     if batch.student_states is None or batch.teacher_states is None:
         return None
     return [
         head_statistics(
-            players.student_head(batch.student_states[index]),
-            players.teacher_head(batch, index),
+            players.student_head(batch.student_states[index], tempered=tempered),
+            players.teacher_head(batch, index, tempered=tempered),
             players.critic_head(batch, index, own_states[index] if own_states else None) if with_critic else None,
             microbatch.targets,
             players.vocabulary,
-            players.config.training.head_chunk_tokens,
+            players.head_options,
         )
         for index, microbatch in enumerate(batch.microbatches)
     ]

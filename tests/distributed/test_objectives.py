@@ -7,30 +7,39 @@ import torch
 import torch.distributed as dist
 
 from megatron_amd.objectives.divergences import DIVERGENCES
-from megatron_amd.objectives.fused_head import CriticHead, Head, critic_loss, head_statistics, student_loss
+from megatron_amd.objectives.fused_head import critic_loss, head_statistics, student_loss
+from megatron_amd.objectives.heads import CriticHead, Head, HeadOptions
 from megatron_amd.objectives.moments import leave_one_out_baseline, policy_gradient_scores
 from megatron_amd.objectives.vocab_parallel import Vocabulary
 from tests.distributed.runner import run_distributed
-from tests.objective_cases import VOCABULARY, Case, check_critic, check_everything, check_student
+from tests.objective_cases import FACTORS, VOCABULARY, check, possible
+from tests.pairs import all_pairs, meetings, possible_meetings
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_sharded_heads_equal_the_dense_reference(world_size: int) -> None:
-    """All objectives, critics and estimators; on four ranks one shard holds nothing but padding."""
+CASES = all_pairs(FACTORS, possible)
 
-    def check() -> None:
-        group = dist.group.WORLD
-        check_everything(Case(chunk_tokens=7), group)
-        check_everything(Case(chunk_tokens=None, dtype=torch.float32), group)
-        # The rest is one exchange after another: a few of them are enough.
-        for case in (Case(chunk_tokens=1), Case(chunk_tokens=None, padded=12)):
-            for objective in (*DIVERGENCES, "amm", "sft"):
-                check_student(case, objective, group)
-            check_critic(case, "sampled", True, group)
 
-    run_distributed(check, world_size)
+def test_every_combination_equals_the_dense_reference() -> None:
+    """Objectives, critics, estimators, layouts of the heads, chunks, padding, masks, types: every pair of settings."""
+
+    def check_all() -> None:
+        rank = dist.get_rank()
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        groups = {1: None, 2: pairs[rank // 2], 4: dist.group.WORLD}
+        for case in CASES:
+            try:
+                check(case, groups[case["tensor"]])
+            except Exception as error:
+                raise AssertionError(f"{case}") from error
+
+    run_distributed(check_all, 4)
+
+
+def test_cases_cover_all_pairs() -> None:
+    """Guards the guard: each setting meets each other one."""
+    assert possible_meetings(FACTORS, possible) <= set().union(*map(meetings, CASES))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -49,7 +58,8 @@ def test_equal_models_are_exactly_equal_on_shards(dtype: torch.dtype) -> None:
         critic = CriticHead(((hidden, critic_weight.requires_grad_(), 1.0),), prior="log_ratio")
         teacher, vocabulary = Head(hidden, weight), Vocabulary(97, start, group)
         targets, weights = torch.arange(tokens), torch.ones(tokens)
-        common = {"targets": targets, "weights": weights, "vocabulary": vocabulary, "chunk_tokens": 10}
+        common = {"targets": targets, "weights": weights, "vocabulary": vocabulary}
+        common["options"] = HeadOptions(chunk_tokens=10)
         for objective in DIVERGENCES:
             loss, tokens_of_loss = student_loss(student, teacher, None, objective=objective, **common)
             for gradient in torch.autograd.grad(loss, [student.hidden, student.weight]):

@@ -6,10 +6,7 @@ combined so that every pair of them occurs, not every combination.
 
 from __future__ import annotations
 
-import itertools
-import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,26 +17,34 @@ from torch import Tensor
 from megatron_amd.config import Config
 from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import build_layout
+from megatron_amd.objectives.divergences import DIVERGENCES
 from megatron_amd.training.steps import critic_step, student_step
 from tests.dense_game import DenseGame, fixed_sequences
 from tests.distributed.runner import run_distributed
+from tests.pairs import Case, all_pairs, meetings, possible_meetings
 from tests.tiny_game import Game
-from tests.tiny_run import STUDENT, make_files, save_model, write_config
+from tests.tiny_run import STUDENT, TEACHER, make_files, save_model, write_config
 
 TOLERANCE = 5e-5
 """Of the largest entry of a parameter's gradient; fp32 gave at most 1e-5."""
 LAYOUTS: dict[str, tuple[int, int, int, bool]] = {
     "one": (1, 1, 1, False),
     "tp2-sp": (2, 1, 1, True),
+    "tp4": (4, 1, 1, False),
     "pp2": (1, 2, 1, False),
+    "pp4": (1, 4, 1, False),
     "dp2": (1, 1, 2, False),
+    "dp4": (1, 1, 4, False),
     "tp2-pp2-sp": (2, 2, 1, True),
     "tp2-dp2": (2, 1, 2, False),
+    "tp2-pp2-dp2-sp": (2, 2, 2, True),
+    "tp4-pp2": (4, 2, 1, False),
 }
 """(TP, PP, DP, sequence parallelism)."""
 STUDENT_FACTORS: dict[str, tuple[str, ...]] = {
     "layout": tuple(LAYOUTS),
-    "objective": ("rao_blackwell", "reinforce", "per_step", "kl", "rkl", "js", "tv", "sft"),
+    "objective": ("rao_blackwell", "reinforce", "per_step", "sft", *DIVERGENCES),
+    "temperatures": ("one", "two"),
     "objective.beta": ("0", "0.5", "1"),
     "objective.gamma": ("1", "0.9"),
     "objective.normalization": ("per_token", "per_sequence"),
@@ -55,8 +60,8 @@ CRITIC_FACTORS: dict[str, tuple[str, ...]] = {
     **{
         name: STUDENT_FACTORS[name]
         for name in (
-            "objective.beta", "objective.gamma", "objective.normalization", "training.micro_batch_size", "critic",
-            "use_distributed_optimizer", "sequences",
+            "temperatures", "objective.beta", "objective.gamma", "objective.normalization",
+            "training.micro_batch_size", "critic", "use_distributed_optimizer", "sequences",
         )
     },
 }  # fmt: skip
@@ -67,47 +72,30 @@ CRITICS = {
     "pair prior": ("critic.features=pair", "critic.prior=log_ratio", "critic.prior_scale=0.5"),
     "pair plain": ("critic.features=pair", "critic.squash=none", "critic.center=false"),
 }
-Case = dict[str, str]
 
 
-def all_pairs(factors: dict[str, tuple[str, ...]]) -> list[Case]:
-    """Cases in which every two levels of different factors meet; the same ones each time."""
-    draw = random.Random(0)
-    missing = possible_meetings(factors)
-    cases = []
-    while missing:
-        wanted = dict(min(missing))
-        candidates = []
-        for _ in range(60):
-            case = {name: wanted.get(name) or draw.choice(levels) for name, levels in factors.items()}
-            if case.get("objective") == "sft":
-                case["objective.beta"] = "1"
-            candidates.append(case)
-        best = max(candidates, key=lambda case: len(missing & meetings(case)))
-        missing -= meetings(best)
-        cases.append(best)
-    return cases
+def possible(case: Case) -> bool:
+    """sft learns from off-policy responses alone; unbiased estimators need rollouts at the student's temperature."""
+    if case.get("objective") == "sft" and case.get("objective.beta", "1") != "1":
+        return False
+    return case.get("temperatures", "one") == "one" or not (
+        case.get("objective") in ("rao_blackwell", "reinforce") or case.get("objective.estimator") == "sampled"
+    )
 
 
-def possible_meetings(factors: dict[str, tuple[str, ...]]) -> set[Any]:
-    """All pairs of (factor, level) but those of sft, which learns from off-policy responses alone, and beta < 1."""
-    levels = [[(name, level) for level in levels] for name, levels in factors.items()]
-    pairs = {pair for a, b in itertools.combinations(levels, 2) for pair in itertools.product(a, b)}
-    return pairs - {(("objective", "sft"), ("objective.beta", beta)) for beta in ("0", "0.5")}
-
-
-def meetings(case: Case) -> set[Any]:
-    return set(itertools.combinations(case.items(), 2))
+DIVISIBLE = {"num_hidden_layers": 4, "num_key_value_heads": 4}
+"""By the largest TP and PP."""
 
 
 class Files:
     """Models on disk, their dense games and the settings of a case."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.settings = folder, make_files(folder)
+        self.folder = folder
+        self.settings = make_files(folder, teacher={**TEACHER, **DIVISIBLE}, student={**STUDENT, **DIVISIBLE})
         self.vocab_size = _rows(folder / "teacher") - 2
-        save_model(folder / "tied", {**STUDENT, "tie_word_embeddings": True}, self.vocab_size + 5, seed=3)
-        save_model(folder / "trunk", {**STUDENT, "hidden_size": 16}, self.vocab_size, seed=4)
+        save_model(folder / "tied", {**STUDENT, **DIVISIBLE, "tie_word_embeddings": True}, self.vocab_size + 5, seed=3)
+        save_model(folder / "trunk", {**STUDENT, **DIVISIBLE, "hidden_size": 16}, self.vocab_size, seed=4)
         self.settings["critic"]["model"] = {"path": str(folder / "trunk")}
         self.games: dict[tuple[str, str], DenseGame] = {}
 
@@ -130,6 +118,13 @@ class Files:
             f"parallel.sequence_parallel={str(sequence).lower()}",
             f"student.path={self.folder / ('tied' if case.get('student') == 'tied' else 'student')}",
             f"training.ddp={{use_distributed_optimizer: {case['use_distributed_optimizer']}}}",
+            *(
+                ("objective.student_temperature=0.7", "objective.teacher_temperature=1.5")
+                if case["temperatures"] == "two"
+                else ()
+            ),
+            "objective.gjs_weight=0.3",
+            "objective.skew=0.2",
             "training.optim={learning_rate: 0, weight_decay: 0, clip_grad: 0}",  # nothing moves: cases share players
             "critic.optim={learning_rate: 0, weight_decay: 0, clip_grad: 0}",
         )
@@ -189,7 +184,7 @@ def assert_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], cas
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_student_gradient_is_the_dense_one(files: Files, name: str) -> None:
-    cases = [case for case in all_pairs(STUDENT_FACTORS) if case["layout"] == name]
+    cases = [case for case in all_pairs(STUDENT_FACTORS, possible) if case["layout"] == name]
     tensor, pipeline, data, _ = LAYOUTS[name]
     configs = [files.config(case) for case in cases]
     run_distributed(play, tensor * pipeline * data, files, "student", cases, configs)
@@ -201,7 +196,7 @@ def test_every_student_gradient_is_the_dense_one(files: Files, name: str) -> Non
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_critic_gradient_is_the_dense_one(files: Files, name: str) -> None:
-    cases = [case for case in all_pairs(CRITIC_FACTORS) if case["layout"] == name]
+    cases = [case for case in all_pairs(CRITIC_FACTORS, possible) if case["layout"] == name]
     tensor, pipeline, data, _ = LAYOUTS[name]
     configs = [files.config(case) for case in cases]
     results = run_distributed(play, tensor * pipeline * data, files, "critic", cases, configs)
@@ -220,8 +215,10 @@ def test_every_critic_gradient_is_the_dense_one(files: Files, name: str) -> None
 
 def test_cases_cover_all_pairs() -> None:
     """Guards the guard: each setting meets each other one, and the cases stay few."""
-    for factors, most in ((STUDENT_FACTORS, 60), (CRITIC_FACTORS, 40)):
-        cases = all_pairs(factors)
-        assert possible_meetings(factors) <= set().union(*map(meetings, cases))
+    for factors, most in ((STUDENT_FACTORS, 130), (CRITIC_FACTORS, 80)):
+        cases = all_pairs(factors, possible)
+        assert possible_meetings(factors, possible) <= set().union(*map(meetings, cases))
         assert len(cases) <= most
-    assert {case["objective.beta"] for case in all_pairs(STUDENT_FACTORS) if case["objective"] == "sft"} == {"1"}
+    assert {case["objective.beta"] for case in all_pairs(STUDENT_FACTORS, possible) if case["objective"] == "sft"} == {
+        "1"
+    }

@@ -203,7 +203,9 @@ def check_random_critic(game: Game, batch: Batch) -> None:
     for index, microbatch in enumerate(batch.microbatches):
         critic = players.critic_head(batch, index, None)
         h, z = batch.student_states[index].double(), reference.logits(batch.student_states[index], head)
-        f = reference.critic_values([(s, gathered(w, layout), sign) for s, w, sign in critic.terms], z, z)
+        f = reference.critic_values(
+            [(reference.logits(s, gathered(w, layout)), sign) for s, w, sign in critic.terms], z, z
+        )
         q = z.softmax(1)
         w = (batch.weights[index].double() * 0.5)[:, None]
         slope = -w * q * (f - (q * f).sum(1, keepdim=True))

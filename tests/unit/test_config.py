@@ -155,7 +155,10 @@ def test_unknown_keys_name_the_nearest(override, message):
         ("objective.beta=false", "objective.beta: must be number, not False"),
         ("parallel.sequence_parallel=1", "parallel.sequence_parallel: must be true or false, not 1"),
         ("run.directory=2024", "run.directory: must be text, not 2024"),
-        ("objective.name=AMM", "objective.name: must be amm | kl | rkl | js | tv | sft, not 'AMM'"),
+        (
+            "objective.name=AMM",
+            "objective.name: must be amm | kl | rkl | js | gjs | skew_kl | skew_rkl | tv | sft, not 'AMM'",
+        ),
         ("critic.prior=false", "critic.prior: must be none | log_ratio, not False"),
         ("student.init.layers=3", "student.init.layers: must be list of integer, not 3"),
         ("student.init.layers=[0,a]", "student.init.layers[1]: must be integer, not 'a'"),

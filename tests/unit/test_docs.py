@@ -15,7 +15,8 @@ import torch
 
 from megatron_amd.config import Config, describe_fields, load_config
 from megatron_amd.objectives.divergences import DIVERGENCES
-from megatron_amd.objectives.fused_head import Head, student_loss
+from megatron_amd.objectives.fused_head import student_loss
+from megatron_amd.objectives.heads import Head
 from megatron_amd.objectives.vocab_parallel import Vocabulary
 from megatron_amd.train import main
 
