@@ -52,6 +52,7 @@ STUDENT_FACTORS: dict[str, tuple[str, ...]] = {
     "critic": ("own", "teacher", "pair", "pair prior", "pair plain"),
     "student": ("untied", "tied"),
     "use_distributed_optimizer": ("true", "false"),
+    "overlap_grad_reduce": ("false", "true"),
     "sequences": ("mixed", "short rank"),
 }
 CRITIC_FACTORS: dict[str, tuple[str, ...]] = {
@@ -117,7 +118,8 @@ class Files:
             f"parallel.pipeline_model_parallel_size={pipeline}",
             f"parallel.sequence_parallel={str(sequence).lower()}",
             f"student.path={self.folder / ('tied' if case.get('student') == 'tied' else 'student')}",
-            f"training.ddp={{use_distributed_optimizer: {case['use_distributed_optimizer']}}}",
+            f"training.ddp.use_distributed_optimizer={case['use_distributed_optimizer']}",
+            f"training.ddp.overlap_grad_reduce={case.get('overlap_grad_reduce', 'false')}",
             *(
                 ("objective.student_temperature=0.7", "objective.teacher_temperature=1.5")
                 if case["temperatures"] == "two"
@@ -146,10 +148,11 @@ def play(files: Files, player: str, cases: list[Case], configs: list[Config]) ->
     """One rank's part: each case's gradients into the folder `gradients-N`; returns those of the critic's heads."""
     layout = build_layout(configs[0].parallel, torch.device("cpu"))
     set_seeds(0, layout)
-    games: dict[tuple[str, str], Game] = {}
+    games: dict[tuple[str, ...], Game] = {}
     results = []
     for number, (case, config) in enumerate(zip(cases, configs, strict=True)):
-        key = (case.get("student", "untied"), case["use_distributed_optimizer"])
+        names = ("student", "use_distributed_optimizer", "overlap_grad_reduce")
+        key = tuple(case.get(name, "") for name in names)
         if key not in games:
             games[key] = Game(config, layout, files.vocab_size)
         game, folder = games[key], files.folder / f"gradients-{number}"
