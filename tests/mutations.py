@@ -122,11 +122,11 @@ FAULTS = (
         UNIT,
     ),
     Fault(
-        "gradient of a tied embedding lost",
+        "main_grad overwritten instead of added to",
         "objectives/head_gradient.py",
-        'if getattr(weight, "zero_out_wgrad", False):',
-        "if False:",
-        STEPS,
+        "self.weight = main_grad if",
+        "self.weight = main_grad.zero_() if",
+        UNIT,
     ),
     Fault(
         "GJS's weight on the wrong side",

@@ -291,7 +291,8 @@ class Shard:
             gradient = leaf.grad
             if name in self.main_grads:  # as Megatron-Core's hook adds what autograd found
                 total = self.main_grads[name] - 2
-                if not getattr(leaf, "grad_added_to_main_grad", False) and gradient is not None:
+                added = getattr(leaf, "grad_added_to_main_grad", False) and not leaf.zero_out_wgrad  # type: ignore[attr-defined]
+                if gradient is not None and not added:
                     total = total + gradient
                 gradient = total
             assert gradient is not None, f"{name} has no gradient"
