@@ -79,9 +79,7 @@ class Game:
         heads = {}
         for on_policy in (False, True) if self.layout.is_last_stage else ():
             for source, weight in critic.head_weights(on_policy).items():
-                shards = [torch.empty_like(weight.main_grad) for _ in range(self.layout.tp_size)]
-                dist.all_gather(shards, weight.main_grad, group=self.layout.groups.tp)
-                heads[f"{'on' if on_policy else 'off'}.{source}"] = torch.cat(shards).numpy()
+                heads[f"{'on' if on_policy else 'off'}.{source}"] = gathered(weight.main_grad, self.layout).numpy()
         return heads
 
     def _write_gradients(self, optimization: Optimization, role: str, folder: Path) -> None:
@@ -101,6 +99,13 @@ class Game:
             for name, parameter in carrier.named_parameters():
                 parameter.copy_(gradients[name])
         export_hf(carrier, folder, architecture, self.layout)
+
+
+def gathered(shard: Tensor, layout: Layout) -> Tensor:
+    """A head's rows on all tensor-parallel ranks, padding included. Collective."""
+    shards = [torch.empty_like(shard) for _ in range(layout.tp_size)]
+    dist.all_gather(shards, shard.detach().contiguous(), group=layout.groups.tp)
+    return torch.cat(shards)
 
 
 def finish_gradients(optimization: Optimization) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_amd.batch import Batch
 from megatron_amd.config import Config
@@ -18,7 +17,7 @@ from megatron_amd.training.steps import critic_step, measure
 from tests import reference
 from tests.dense_game import fixed_sequences
 from tests.distributed.runner import run_distributed
-from tests.tiny_game import Game
+from tests.tiny_game import Game, gathered
 from tests.tiny_run import make_files, write_config
 
 pytestmark = pytest.mark.distributed
@@ -32,7 +31,7 @@ def suprema(game: Game, batch: Batch) -> list[float]:
     totals = [torch.zeros(0), torch.zeros(0)]
     assert batch.student_states is not None
     assert batch.teacher_states is not None
-    heads = [gathered(model.head_weight(), game)[:VOCAB_SIZE] for model in (players.student, players.teacher)]
+    heads = [gathered(model.head_weight(), layout)[:VOCAB_SIZE] for model in (players.student, players.teacher)]
     for index, microbatch in enumerate(batch.microbatches):
         states = (batch.student_states[index], batch.teacher_states[index])
         q, p = (reference.logits(h, head).softmax(1) for h, head in zip(states, heads, strict=True))
@@ -42,12 +41,6 @@ def suprema(game: Game, batch: Batch) -> list[float]:
     for total in totals:
         dist.all_reduce(total, group=layout.groups.dp)
     return [total.norm().item() for total in totals]
-
-
-def gathered(weight: Tensor, game: Game) -> Tensor:
-    shards = [torch.empty_like(weight) for _ in range(game.layout.tp_size)]
-    dist.all_gather(shards, weight.detach().contiguous(), group=game.layout.groups.tp)
-    return torch.cat(shards)
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_amd.batch import Batch
@@ -28,7 +27,7 @@ from megatron_amd.training.trainer import Trainer
 from tests import reference
 from tests.dense_game import fixed_sequences
 from tests.distributed.runner import run_distributed
-from tests.tiny_game import Game, differing, finish_gradients, snapshot
+from tests.tiny_game import Game, differing, finish_gradients, gathered, snapshot
 from tests.tiny_run import make_files, write_config
 
 pytestmark = pytest.mark.distributed
@@ -182,11 +181,9 @@ def test_no_state_exceeds_the_bound(files: Any, tmp_path: Path, ranks: int, over
 # Equal models
 
 
-def gathered(shard: Tensor, layout: Layout) -> Tensor:
+def real_rows(shard: Tensor, layout: Layout) -> Tensor:
     """Shards of a head on all tensor-parallel ranks -> its real rows in float64."""
-    shards = [torch.empty_like(shard) for _ in range(layout.tp_size)]
-    dist.all_gather(shards, shard.detach().contiguous(), group=layout.groups.tp)
-    return torch.cat(shards)[:VOCAB_SIZE].double()
+    return gathered(shard, layout)[:VOCAB_SIZE].double()
 
 
 def check_random_critic(game: Game, batch: Batch) -> None:
@@ -197,14 +194,14 @@ def check_random_critic(game: Game, batch: Batch) -> None:
     assert players.student_optimization is not None
     assert batch.student_states is not None
     finish_gradients(players.student_optimization)
-    head = gathered(players.student.head_weight(), layout)
+    head = real_rows(players.student.head_weight(), layout)
     norm = players.student.decoder.final_layernorm.weight
     head_gradient, norm_gradient = torch.zeros_like(head), torch.zeros_like(norm, dtype=torch.float64)
     for index, microbatch in enumerate(batch.microbatches):
         critic = players.critic_head(batch, index, None)
         h, z = batch.student_states[index].double(), reference.logits(batch.student_states[index], head)
         f = reference.critic_values(
-            [(reference.logits(s, gathered(w, layout)), sign) for s, w, sign in critic.terms], z, z
+            [(reference.logits(s, real_rows(w, layout)), sign) for s, w, sign in critic.terms], z, z
         )
         q = z.softmax(1)
         w = (batch.weights[index].double() * 0.5)[:, None]
@@ -213,7 +210,7 @@ def check_random_critic(game: Game, batch: Batch) -> None:
         norm_gradient += ((slope @ head) * h / norm.double()).sum(0)
         assert microbatch.num_states == len(h)
     torch.testing.assert_close(
-        gathered(players.student.head_weight().main_grad, layout), head_gradient, rtol=1e-4, atol=1e-6
+        real_rows(players.student.head_weight().main_grad, layout), head_gradient, rtol=1e-4, atol=1e-6
     )
     torch.testing.assert_close(norm.main_grad.double(), norm_gradient, rtol=1e-4, atol=1e-6)
 
