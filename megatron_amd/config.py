@@ -272,7 +272,8 @@ class TrainingConfig:
     ddp: dict[str, Any] = field(default_factory=dict)
     """Further fields of Megatron-Core's DistributedDataParallelConfig."""
     head_chunk_tokens: int | None = None
-    """Tokens per chunk in the fused head and objective; unset: as many as head_memory_mib allows."""
+    """Tokens per chunk in the fused head and objective; unset: as many as head_memory_mib allows, on a CPU at most
+    512."""
     head_memory_mib: int = 512
     """Working set of a chunk in the fused head and objective, in MiB. Small chunks cost time: each reads and writes
     the heads' whole gradient."""

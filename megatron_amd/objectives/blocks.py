@@ -69,25 +69,20 @@ def evaluate(block: Block) -> tuple[Tensor, Any, Any]:
     return block.student.exp(), None if block.teacher is None else block.teacher.exp(), block.raw
 
 
-def sft(block: Block, scores: Tensor) -> Tensor:
-    """ln q(y), [n], this shard's part. Leaves score * (1[k = y] - q) in the student's memory. scores: [n]."""
-    block.student.sub_(block.of_student.shift[:, None])
-    logprob = block.targets.take(block.student)
-    block.targets.add_(block.student.exp_().mul_(-scores[:, None]), scores)
-    return logprob
-
-
 def student_values(
     block: Block, objective: str, distance: Divergence | None, with_statistics: bool
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, Tensor, Tensor | None]:
     """(ln q(y) [n], D [n], statistics, q [n, R], q a [n, R]); the first three are this shard's parts.
 
-    objective: `amm`, with D = delta and a = -f, or the distance's name. torch.compile looks at a string each time, but
-    takes two distances for one where it has met their functions elsewhere. The statistics are those of `statistics`.
+    objective: `amm`, with D = delta and a = -f; `sft`, whose a is left to the scores; or the distance's name.
+    torch.compile looks at a string each time, but takes two distances for one where it has met their functions
+    elsewhere. The statistics are those of `statistics`.
     """
     q, p, f = evaluate(block)
     found = statistics(block, q, p, f) if with_statistics else None
     logprob = block.targets.take(block.student)
+    if objective == "sft":
+        return logprob, -logprob, found, q, None
     if objective == "amm" or distance is None:
         value, slope = p.sub_(q).mul_(f).sum(1), f.mul_(q).neg_()
     else:
@@ -104,6 +99,7 @@ def student_slope(
     Where the sum over all shards must be waited for, before `student_gradient`.
     """
     logprob, value, found, _, slope = student_values(block, objective, distance, with_statistics)
+    assert slope is not None
     block.teacher.copy_(slope)
     return logprob, value, found, slope.sum(1)
 
@@ -126,16 +122,21 @@ def student_gradient_at_once(
     Leaves weight * q (a - sum q a) + score * (1[k = y] - q) in the student's memory. weights, scores: [n].
     """
     logprob, value, found, q, slope = student_values(block, objective, distance, with_statistics)
-    known = None if distance is None else distance.slope_sum
-    _gradient(block, q, slope, slope.sum(1) if known is None else known, weights, scores)
+    slope_sum: Any = None if distance is None else distance.slope_sum
+    if slope is not None and slope_sum is None:
+        slope_sum = slope.sum(1)
+    _gradient(block, q, slope, slope_sum, weights, scores)
     return logprob, value, found
 
 
 def _gradient(
-    block: Block, q: Tensor, slope: Tensor, slope_sum: Tensor | float, weights: Tensor, scores: Tensor
+    block: Block, q: Tensor, slope: Tensor | None, slope_sum: Tensor | float, weights: Tensor, scores: Tensor
 ) -> None:
-    torch.mul(q, (-(weights * slope_sum) - scores)[:, None], out=block.student)
-    block.student.addcmul_(slope, weights[:, None])
+    if slope is None:
+        torch.mul(q, -scores[:, None], out=block.student)
+    else:
+        torch.mul(q, (-(weights * slope_sum) - scores)[:, None], out=block.student)
+        block.student.addcmul_(slope, weights[:, None])
     block.targets.add_(block.student, scores)
 
 

@@ -134,7 +134,7 @@ def student_loss(
         raise ValueError(f"objective: {objective!r} is not known")
     if (teacher is None and objective != "sft") or (critic is None and objective == "amm"):
         raise ValueError(f"objective {objective} needs the teacher's head" + (" and a critic" * (objective == "amm")))
-    name = "amm" if distance is None else distance.name
+    name = objective if distance is None else distance.name
     gradient = HeadGradient(student, arithmetic(student.hidden))
     with torch.no_grad():
         heads = AppliedHeads(
@@ -147,19 +147,19 @@ def student_loss(
         )
         weights = weights.to(heads.dtype)
         scores = torch.zeros_like(weights) if scores is None else scores.to(heads.dtype)
-        logprob_weights = scores - weights if objective == "sft" else scores
+        if objective == "sft":
+            scores, weights = scores - weights, torch.zeros_like(weights)
         # Partial sums over this shard: D and ln q(y).
         tokens = torch.zeros(2, heads.num_tokens, dtype=heads.dtype, device=heads.device)
         parts: list[Any] = []
-        at_once = vocabulary.num_shards == 1 or (distance is not None and distance.slope_sum is not None)
-        sft, to_gradient = heads.kernel(blocks.sft), heads.kernel(blocks.student_gradient_at_once)
+        slope_sum_known = objective == "sft" or (distance is not None and distance.slope_sum is not None)
+        at_once = vocabulary.num_shards == 1 or slope_sum_known
+        to_gradient = heads.kernel(blocks.student_gradient_at_once)
         to_slope, from_slope = heads.kernel(blocks.student_slope), heads.kernel(blocks.student_gradient)
         for rows in heads.chunks():
             waiting: list[tuple[slice, Block, Tensor]] = []
             for at, block in heads.apply(rows):
-                if objective == "sft":
-                    tokens[1, at] = sft(block, logprob_weights[at])
-                elif at_once:
+                if at_once:
                     tokens[1, at], tokens[0, at], found = to_gradient(
                         block, name, distance, with_statistics, weights[at], scores[at]
                     )
@@ -172,8 +172,6 @@ def student_loss(
                 from_slope(block, slope_sum, weights[at], scores[at])
             gradient.add(rows, heads.student_gradient(rows), heads.student, student.logit_scale)
         value, logprob = sum_over_group(tokens, vocabulary.group)
-        if objective == "sft":
-            value = -logprob
         loss = (weights * value).sum() + (scores * logprob).sum()
         gradient.reduce(vocabulary)
         statistics = _finish_statistics(heads, parts) if with_statistics else None

@@ -73,11 +73,14 @@ class _KnownGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("the backward pass of this loss has been made already: its gradients are handed over")
+        gradients, ctx.gradients = ctx.gradients, None
         results: list[Tensor | None] = []
-        for gradient in ctx.gradients:
-            # Scale in fp32, then round to the tensor's type.
+        for gradient in gradients:
+            # Scaled in fp32, then rounded to the tensor's type. In place: a head's gradient is large.
             hidden, weight = (
-                None if known is None else (known * grad_output).to(tensor.dtype)
+                None if known is None else known.mul_(grad_output).to(tensor.dtype)
                 for known, tensor in (
                     (gradient.hidden, gradient.head.hidden),
                     (None if gradient.in_main_grad else gradient.weight, gradient.head.weight),
@@ -85,7 +88,7 @@ class _KnownGradients(torch.autograd.Function):
             )
             if gradient.in_main_grad:
                 _check_is_one(grad_output)
-                weight = _stand_in(gradient.head.weight)
+                _tell_megatron(gradient.head.weight)
             results += [hidden, weight]
         return None, None, *results
 
@@ -101,14 +104,14 @@ def _check_is_one(grad_output: Tensor) -> None:
         )
 
 
-def _stand_in(weight: Any) -> Tensor | None:
-    """What autograd gets for a weight whose gradient is in `main_grad` already.
+def _tell_megatron(weight: Any) -> None:
+    """Autograd gets no gradient for a weight whose gradient is in `main_grad` already.
 
-    Megatron-Core's hook runs when autograd is done with the weight. It wants to see some gradient, and leaves it alone
-    where it finds `grad_added_to_main_grad`. A weight that is also the embedding of this stage (`zero_out_wgrad`) gets
-    its gradient from there, which the hook must add.
+    Megatron-Core's hook runs when autograd is done with the weight. It wants to see some `grad`, and leaves it alone
+    where it finds `grad_added_to_main_grad`. One number stands for it: autograd would make a whole tensor of one that
+    came by its way. A weight that is also the embedding of this stage (`zero_out_wgrad`) gets its gradient from there,
+    which the hook must add.
     """
-    if getattr(weight, "zero_out_wgrad", False):
-        return None
-    weight.grad_added_to_main_grad = True
-    return weight.new_zeros(()).expand_as(weight)
+    if not getattr(weight, "zero_out_wgrad", False):
+        weight.grad_added_to_main_grad = True
+        weight.grad = weight.new_zeros(()).expand_as(weight)

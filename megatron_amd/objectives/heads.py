@@ -13,8 +13,20 @@ import torch
 from torch import Tensor
 
 from megatron_amd.objectives.blocks import Block, F, compiled
-from megatron_amd.objectives.vocab_parallel import LocalTargets, Partition, Vocabulary, partitions, subtract_top
+from megatron_amd.objectives.vocab_parallel import (
+    LocalTargets,
+    Partition,
+    Vocabulary,
+    partitions,
+    subtract_top,
+    whole_partition,
+)
 
+CPU_CHUNK_TOKENS = 512
+"""Most tokens of a chunk on a CPU where none are given. Each chunk reads and writes the heads' whole gradient; with
+this many, that is a small part of the time, and more would only take memory."""
+TILE_TOKENS = 128
+"""A chunk of more tokens is a multiple of this many, which matrix products work in."""
 BLOCK_NUMBERS = 2**18
 """Logits in a block on a CPU: a MiB in fp32, so that the few tensors of its size that are alive fit in a cache."""
 
@@ -58,16 +70,21 @@ class HeadOptions:
     """How the vocabulary-wide work is done. Changes memory and speed, never the result."""
 
     chunk_tokens: int | None = None
-    """Tokens of a chunk; None: as many as `memory_mib` allows."""
+    """Tokens of a chunk; None: as many as `memory_mib` allows, on a CPU at most `CPU_CHUNK_TOKENS`."""
     memory_mib: int = 512
     """Working set of a chunk where its tokens are not given, in MiB."""
     compiled: bool = True
     """On a GPU, make kernels of the element-wise part with torch.compile."""
 
-    def tokens(self, local_rows: int, buffers: int, dtype: torch.dtype) -> int:
+    def tokens(self, local_rows: int, buffers: int, dtype: torch.dtype, device: torch.device) -> int:
         """Tokens of a chunk with so many [chunk, local_rows] buffers."""
+        if self.chunk_tokens is not None:
+            return self.chunk_tokens
         bytes_per_token = buffers * dtype.itemsize * max(local_rows, 1)
-        return self.chunk_tokens or max(1, self.memory_mib * 2**20 // bytes_per_token)
+        allowed = max(1, self.memory_mib * 2**20 // bytes_per_token)
+        if device.type == "cpu":
+            allowed = min(allowed, CPU_CHUNK_TOKENS)
+        return max(allowed // TILE_TOKENS * TILE_TOKENS, min(allowed, TILE_TOKENS))
 
 
 def arithmetic(hidden: Tensor) -> torch.dtype:
@@ -101,7 +118,7 @@ class AppliedHeads:
         self._targets = LocalTargets.of(targets, vocabulary.shard_start, self.real_rows)
         count = 1 + (teacher is not None) + (critic is not None)
         widened = student.weight.dtype != self.dtype  # products in a narrow type have memory of their own for a while
-        self._chunk_tokens = options.tokens(student.weight.shape[0], count + widened, self.dtype)
+        self._chunk_tokens = options.tokens(student.weight.shape[0], count + widened, self.dtype, self.device)
         self._compiled = options.compiled and self.device.type == "cuda"
         shape = (min(self._chunk_tokens, self.num_tokens), self.real_rows)
         self._buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(count)]
@@ -124,29 +141,32 @@ class AppliedHeads:
             for number, (head, sign) in enumerate(self.terms):
                 self._project(head, rows, raw, sign, add=number > 0)
         parts = self._parts(rows)
-        for together in [parts] if self.vocabulary.num_shards > 1 else [[part] for part in parts]:
-            sums = torch.cat([self._exchanged(student, teacher, raw, part) for part in together], dim=2)
-            of_student, *others = partitions(sums, self.vocabulary.group)
+        normalised: Iterator[list[Partition]]
+        sums = (self._sums(student, teacher, raw, part) for part in parts)
+        if self.vocabulary.num_shards == 1:
+            normalised = ([whole_partition(own) for own in of_part] for of_part in sums)
+        else:
+            assert self.vocabulary.group is not None
+            whole = partitions(torch.cat([torch.stack(of_part) for of_part in sums], dim=2), self.vocabulary.group)
+            normalised = ([partition[part] for partition in whole] for part in parts)
+        for part, (of_student, *others) in zip(parts, normalised, strict=True):
+            tokens = slice(rows.start + part.start, rows.start + part.stop)
             of_teacher = others[0] if others else None
-            shift = self._shift(of_student, of_teacher)
-            for part in together:
-                within = slice(part.start - together[0].start, part.stop - together[0].start)
-                tokens = slice(rows.start + part.start, rows.start + part.stop)
-                yield (
-                    tokens,
-                    Block(
-                        student=student[part],
-                        of_student=of_student[within],
-                        teacher=None if teacher is None else teacher[part],
-                        of_teacher=None if of_teacher is None else of_teacher[within],
-                        raw=None if raw is None else raw[part],
-                        shift=None if shift is None else shift[within],
-                        bound=self.critic.bound if self.critic is not None and self.critic.squash == "tanh" else None,
-                        targets=self._targets[tokens],
-                        first_id=self.vocabulary.shard_start,
-                        vocab_size=self.vocabulary.size,
-                    ),
-                )
+            yield (
+                tokens,
+                Block(
+                    student=student[part],
+                    of_student=of_student,
+                    teacher=None if teacher is None else teacher[part],
+                    of_teacher=of_teacher,
+                    raw=None if raw is None else raw[part],
+                    shift=self._shift(of_student, of_teacher),
+                    bound=self.critic.bound if self.critic is not None and self.critic.squash == "tanh" else None,
+                    targets=self._targets[tokens],
+                    first_id=self.vocabulary.shard_start,
+                    vocab_size=self.vocabulary.size,
+                ),
+            )
 
     def _shift(self, of_student: Partition, of_teacher: Partition | None) -> Tensor | None:
         """What the raw values are too large by, [n]."""
@@ -206,8 +226,8 @@ class AppliedHeads:
             if scale != 1:
                 out.mul_(scale)
 
-    def _exchanged(self, student: Tensor, teacher: Tensor | None, raw: Tensor | None, part: slice) -> Tensor:
-        """What the shards exchange about a block's softmaxes, [1 or 2, 2 or 3, n]; finishes the raw values' prior."""
+    def _sums(self, student: Tensor, teacher: Tensor | None, raw: Tensor | None, part: slice) -> list[Tensor]:
+        """What `subtract_top` gives of student and teacher in a block; finishes the raw values' prior."""
         values = None
         if self.critic is not None and raw is not None and teacher is not None:
             if self.critic.prior == "log_ratio":
@@ -215,4 +235,4 @@ class AppliedHeads:
                 raw[part].add_(teacher[part] - student[part], alpha=self.critic.prior_scale)
             values = raw[part] if self.critic.center else None
         subtract = self.kernel(subtract_top)
-        return torch.stack([subtract(z[part], values) for z in (student, teacher) if z is not None])
+        return [subtract(z[part], values) for z in (student, teacher) if z is not None]

@@ -62,9 +62,7 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.Reduce
     return tensor
 
 
-def _all_gather(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
-    if group is None or group.size() == 1 or not tensor.numel():
-        return [tensor]
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     shards = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(shards, tensor.contiguous(), group=group)
     return shards
@@ -85,13 +83,10 @@ class Partition:
     """Largest logit."""
     log_total: Tensor
     """ln sum exp(z - top)."""
+    shift: Tensor
+    """What log-probabilities are below logits less `local_top`."""
     expectation: Tensor | None
     """Mean of `values` under the softmax, where values were given."""
-
-    @property
-    def shift(self) -> Tensor:
-        """What log-probabilities are below logits less `local_top`."""
-        return (self.top - self.local_top) + self.log_total
 
     @property
     def holds_top(self) -> Tensor:
@@ -101,7 +96,7 @@ class Partition:
     def __getitem__(self, part: slice) -> Partition:
         """Of these tokens alone."""
         expectation = None if self.expectation is None else self.expectation[part]
-        return Partition(self.local_top[part], self.top[part], self.log_total[part], expectation)
+        return Partition(self.local_top[part], self.top[part], self.log_total[part], self.shift[part], expectation)
 
 
 def subtract_top(logits: Tensor, values: Tensor | None) -> Tensor:
@@ -117,7 +112,14 @@ def subtract_top(logits: Tensor, values: Tensor | None) -> Tensor:
     return torch.stack(sums)
 
 
-def partitions(sums: Tensor, group: dist.ProcessGroup | None) -> list[Partition]:
+def whole_partition(sums: Tensor) -> Partition:
+    """The partition where this shard is the whole vocabulary. sums: [2 or 3, n], what `subtract_top` gave."""
+    top, total, *weighted = sums
+    log_total = total.log()
+    return Partition(top, top, log_total, log_total, weighted[0] / total if weighted else None)
+
+
+def partitions(sums: Tensor, group: dist.ProcessGroup) -> list[Partition]:
     """The partition of each of several softmaxes in one exchange.
 
     sums: [softmaxes, 2 or 3, n], of each what `subtract_top` gave. They are gathered rather than all-reduced: one round
@@ -136,8 +138,9 @@ def _combine(local_top: Tensor, shards: Sequence[Tensor]) -> Partition:
     sums = torch.zeros_like(shards[0][1:])
     for shard in shards:
         sums += shard[1:] * (shard[0] - top).exp()
+    log_total = sums[0].log()
     expectation = sums[1] / sums[0] if len(sums) > 1 else None
-    return Partition(local_top, top, sums[0].log(), expectation)
+    return Partition(local_top, top, log_total, (top - local_top) + log_total, expectation)
 
 
 @dataclass(frozen=True)

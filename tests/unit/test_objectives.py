@@ -127,13 +127,17 @@ def test_no_tensor_of_all_tokens_by_vocabulary() -> None:
 
 
 def test_a_chunk_fits_its_memory() -> None:
-    options = HeadOptions(memory_mib=100)
-    assert options.tokens(10**9, 2, torch.float32) == 1
-    assert options.tokens(0, 2, torch.float32) > 1
-    size = options.tokens(49152, 2, torch.float32)
-    assert 99 * 2**20 < size * 49152 * 4 * 2 <= 100 * 2**20
-    assert options.tokens(49152, 2, torch.float64) == size // 2
-    assert HeadOptions(chunk_tokens=5, memory_mib=1).tokens(10**9, 2, torch.float32) == 5
+    options, cpu, cuda = HeadOptions(memory_mib=100), torch.device("cpu"), torch.device("cuda")
+    assert options.tokens(10**9, 2, torch.float32, cuda) == 1
+    assert options.tokens(0, 2, torch.float32, cuda) > 1
+    size = options.tokens(49152, 2, torch.float32, cuda)
+    assert 90 * 2**20 < size * 49152 * 4 * 2 <= 100 * 2**20
+    assert size % 128 == 0
+    assert 99 * 2**20 < options.tokens(10**6, 1, torch.float32, cuda) * 10**6 * 4 <= 100 * 2**20  # below a tile
+    assert options.tokens(49152, 2, torch.float32, cpu) == size
+    assert options.tokens(49152, 2, torch.float64, cuda) == size // 2
+    assert options.tokens(1, 2, torch.float32, cpu) < options.tokens(1, 2, torch.float32, cuda)
+    assert HeadOptions(chunk_tokens=5000, memory_mib=1).tokens(10**9, 2, torch.float32, cpu) == 5000
 
 
 def test_scaling_a_loss_whose_gradient_is_in_main_grad_is_refused() -> None:
