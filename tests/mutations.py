@@ -88,7 +88,7 @@ FAULTS = (
     Fault(
         "derivative of tanh left out",
         "objectives/blocks.py",
-        "f.square_().mul_(-1 / block.bound).add_(block.bound).mul_(direction)",
+        "f.div_(block.bound).square_().neg_().add_(1.0).mul_(block.bound).mul_(direction)",
         "f.copy_(direction)",
         UNIT,
     ),
@@ -176,6 +176,41 @@ FAULTS = (
         "    dist.all_reduce(total, group=layout.groups.dp)\n    return max",
         "    return max",
         STEPS,
+    ),
+    Fault(
+        "a block takes the targets of the first",
+        "objectives/heads.py",
+        "targets=self._targets[tokens],",
+        "targets=self._targets[slice(rows.start, rows.start + part.stop - part.start)],",
+        UNIT,
+    ),
+    Fault(
+        "later blocks normalised with the first one's partition",
+        "objectives/heads.py",
+        "normalised = ([partition[part] for partition in whole] for part in parts)",
+        "normalised = ([p[slice(0, part.stop - part.start)] for p in whole] for part in parts)",
+        SHARDS,
+    ),
+    Fault(
+        "only the first block's critic gradient centred",
+        "objectives/fused_head.py",
+        "for (_, block, _), total in zip(waiting, _over_shards(waiting, vocabulary), strict=True):",
+        "for (_, block, _), total in [*zip(waiting, _over_shards(waiting, vocabulary), strict=True)][:1]:",
+        SHARDS,
+    ),
+    Fault(
+        "sums of q a given to the blocks the other way round",
+        "objectives/fused_head.py",
+        "return sum_over_group(torch.cat(sums), vocabulary.group).split([len(part) for part in sums])",
+        "return sum_over_group(torch.cat(sums), vocabulary.group).split([len(part) for part in sums])[::-1]",
+        SHARDS,
+    ),
+    Fault(
+        "head gradient of its first rows alone",
+        "objectives/head_gradient.py",
+        "for first in range(0, head.weight.shape[0], PRODUCT_ROWS):",
+        "for first in range(0, min(head.weight.shape[0], PRODUCT_ROWS), PRODUCT_ROWS):",
+        UNIT,
     ),
 )
 

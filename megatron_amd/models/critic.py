@@ -2,7 +2,7 @@
 
 What a head reads depends on `critic.features`: the states of a trunk of the critic's own, of the teacher, or of
 teacher and student both (a `pair`: the teacher's part minus the student's). How raw values become f is in
-objectives/fused_head.py, where the heads are applied.
+objectives/heads.py and blocks.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,17 @@ and makes temporaries of a block's size, so that on a CPU, where blocks are smal
 block is a whole chunk and `compiled` turns each of these functions into one or two kernels (torch.compile), so an
 objective stays two functions in divergences.py, whatever runs it.
 
+What a block's memory holds after each call:
+
+    call                            student                    teacher     raw
+    (given out by heads.py)         logits less the largest    the same    raw values
+    evaluate                        ln q                       ln p        f
+    student_gradient_at_once        dL/dz                      ln p        -
+    student_slope                   ln q                       q a         -
+    student_gradient, after it      dL/dz                      q a         -
+    critic_gradient                 ln q                       ln p        dL/draw (before centring)
+    center_gradient, after it       q                          p           dL/draw
+
 Shapes: n tokens in the block, R real ids on this shard. Arithmetic is fp32, or fp64 where the logits are.
 """
 
@@ -22,6 +33,25 @@ from megatron_amd.objectives.divergences import DIVERGENCES, Divergence
 from megatron_amd.objectives.vocab_parallel import LocalTargets, Partition, local_max
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+SUMS: tuple[str, ...] = (
+    "kl",
+    "rkl",
+    "tv",
+    "js",
+    "entropy_student",
+    "entropy_teacher",
+    "student_logprob",
+    "teacher_logprob",
+)
+"""Statistics that are sums over the vocabulary: fields of `TokenStatistics`."""
+CRITIC_SUMS: tuple[str, ...] = ("delta", "f_target", "expected_f_teacher", "expected_f_student")
+"""The same with a critic."""
+MAXIMA: tuple[str, ...] = ("minus_student_id", "minus_teacher_id")
+"""What is maximised over the vocabulary: the likeliest tokens' ids, of equally likely ones the first."""
+CRITIC_MAXIMA: tuple[str, ...] = ("minus_f_min", "f_max")
+_COMPILED_VARIANTS = 64
+"""Objectives, with and without statistics, that one process may compile a function for."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +81,12 @@ class Block:
 
 
 @functools.cache
-def compiled(function: F) -> F:
-    """The function as fused kernels, for any number of tokens."""
-    return torch.compile(function, dynamic=True)  # type: ignore[return-value]
+def compiled(function: F, **options: Any) -> F:
+    """The function as fused kernels, for any number of tokens. options: further arguments of torch.compile."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _COMPILED_VARIANTS)
+    return torch.compile(function, dynamic=True, **options)  # type: ignore[return-value]
 
 
 def evaluate(block: Block) -> tuple[Tensor, Any, Any]:
@@ -74,16 +107,15 @@ def student_values(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, Tensor, Tensor | None]:
     """(ln q(y) [n], D [n], statistics, q [n, R], q a [n, R]); the first three are this shard's parts.
 
-    objective: `amm`, with D = delta and a = -f; `sft`, whose a is left to the scores; or the distance's name.
-    torch.compile looks at a string each time, but takes two distances for one where it has met their functions
-    elsewhere. The statistics are those of `statistics`.
+    objective: `amm`, with D = delta and a = -f; `sft`, whose a is left to the scores; or the distance's name, which
+    torch.compile compares at each call, as it does not compare functions. The statistics are those of `statistics`.
     """
     q, p, f = evaluate(block)
     found = statistics(block, q, p, f) if with_statistics else None
     logprob = block.targets.take(block.student)
-    if objective == "sft":
+    if objective == "sft" and distance is None:  # in this order: the name must always be looked at
         return logprob, -logprob, found, q, None
-    if objective == "amm" or distance is None:
+    if distance is None:
         value, slope = p.sub_(q).mul_(f).sum(1), f.mul_(q).neg_()
     else:
         value = distance.value(p, q, block.teacher, block.student)
@@ -159,7 +191,7 @@ def critic_gradient(
         block.targets.add_(direction, -1.0)
     direction.mul_(weights[:, None])
     if block.bound is not None:
-        f.square_().mul_(-1 / block.bound).add_(block.bound).mul_(direction)
+        f.div_(block.bound).square_().neg_().add_(1.0).mul_(block.bound).mul_(direction)  # exactly 0 at +-bound
     else:
         f.copy_(direction)
     return f.sum(1), found
@@ -176,16 +208,19 @@ def block_statistics(block: Block) -> tuple[Tensor, Tensor]:
 
 
 def statistics(block: Block, q: Tensor, p: Tensor, f: Tensor | None) -> tuple[Tensor, Tensor]:
-    """This shard's part of the sums, [8 or 12, n] in the order of `TokenStatistics`, and of the maxima, [2 or 4, n]."""
+    """This shard's part of the sums, [SUMS (+ CRITIC_SUMS), n], and of the maxima, [MAXIMA (+ CRITIC_MAXIMA), n]."""
     log_q, log_p = block.student, block.teacher
-    sums = [DIVERGENCES[name].value(p, q, log_p, log_q) for name in ("kl", "rkl", "tv", "js")]
-    sums += [-(q * log_q).sum(1), -(p * log_p).sum(1)]
-    sums += [block.targets.take(log_q), block.targets.take(log_p)]
-    maxima = [-_top_id(block, log_q, block.of_student), -_top_id(block, log_p, block.of_teacher)]
+    sums = {name: DIVERGENCES[name].value(p, q, log_p, log_q) for name in ("kl", "rkl", "tv", "js")}
+    sums["entropy_student"], sums["entropy_teacher"] = -(q * log_q).sum(1), -(p * log_p).sum(1)
+    sums["student_logprob"], sums["teacher_logprob"] = block.targets.take(log_q), block.targets.take(log_p)
+    maxima = {"minus_student_id": -_top_id(block, log_q, block.of_student)}
+    maxima["minus_teacher_id"] = -_top_id(block, log_p, block.of_teacher)
     if f is not None:
-        sums += [(p - q).mul_(f).sum(1), block.targets.take(f), (p * f).sum(1), (q * f).sum(1)]
-        maxima += [-_local_min(f), local_max(f)]
-    return torch.stack(sums), torch.stack(maxima)
+        sums["delta"], sums["f_target"] = (p - q).mul_(f).sum(1), block.targets.take(f)
+        sums["expected_f_teacher"], sums["expected_f_student"] = (p * f).sum(1), (q * f).sum(1)
+        maxima["minus_f_min"], maxima["f_max"] = -_local_min(f), local_max(f)
+    names, tops = (SUMS, MAXIMA) if f is None else (SUMS + CRITIC_SUMS, MAXIMA + CRITIC_MAXIMA)
+    return torch.stack([sums[name] for name in names]), torch.stack([maxima[name] for name in tops])
 
 
 def _top_id(block: Block, log_probs: Tensor, partition: Partition) -> Tensor:

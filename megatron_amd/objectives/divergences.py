@@ -69,7 +69,7 @@ def gjs(weight: float) -> Divergence:
     """GJS_b = b KL(p||m) + (1-b) KL(q||m) with m = b p + (1-b) q; a = (1-b) ln(q/m). b = 1/2 is JS.
 
     Args:
-        weight: b, in (0, 1).
+        weight: b, in (0, 1); beyond 1e-3 to 1 - 1e-3, fp32 gradients near p = q lose digits.
     """
 
     def value(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -123,15 +123,19 @@ def log_ratios_to_mixture(log_p: Tensor, log_q: Tensor, share: float) -> tuple[T
     """(ln p/m, ln q/m) for m = share p + (1-share) q, with 0 < share < 1.
 
     Accurate near p = q and at any size of ln p - ln q: with the larger of p and q taken out of m, what is left is
-    1 + (share of the smaller) (e^-|gap| - 1).
+    1 + (share of the smaller) (e^-|gap| - 1), or, where that is small, (share of the larger) + (of the smaller)
+    e^-|gap|.
     """
     gap = log_p - log_q
-    rest = gap.abs().neg_().expm1_()
+    minus_gap = gap.abs().neg_()
     if share == 0.5:
-        rest.mul_(0.5)
+        rest = minus_gap.expm1_().mul_(0.5).log1p_()
     else:
-        rest.mul_(torch.where(gap >= 0, 1 - share, share))
-    rest = rest.log1p_()
+        p_is_larger, of_p, of_q = gap >= 0, gap.new_full((), share), gap.new_full((), 1 - share)
+        of_smaller = torch.where(p_is_larger, of_q, of_p)
+        lacking = of_smaller * minus_gap.expm1()
+        remaining = torch.where(p_is_larger, of_p, of_q).add_(minus_gap.exp_().mul_(of_smaller))
+        rest = torch.where(lacking > -0.5, lacking.log1p(), remaining.log_())
     return gap.clamp(max=0).sub_(rest), gap.clamp_(min=0).add_(rest).neg_()
 
 

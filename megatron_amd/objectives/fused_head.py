@@ -25,7 +25,7 @@ All functions belong on the last pipeline stage, and every rank of the tensor-pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -124,17 +124,21 @@ def student_loss(
     """sum_i weights_i D_i + sum_i scores_i ln q_i(y_i), differentiable in the student's hidden states and head.
 
     objective: `amm` (D = delta, f held fixed), a distance or its name in `DIVERGENCES`, or `sft` (D = -ln q(y), which
-    needs no teacher). targets: int64 [N]; weights, scores: [N], constants. Only `amm` reads the critic. The loss is
-    equal on all tensor-parallel ranks. with_statistics: collect the statistics in the same pass (not for `sft`, which
-    sees no teacher). A weight with a `main_grad` has its gradient added there by this call, not by backward, which
-    must then come exactly once and with a gradient of 1. Raises ValueError for an unknown objective or a missing head.
+    needs no teacher). targets: int64 [N], real ids; weights, scores: [N], constants. Only `amm` reads the critic. The
+    loss is equal on all tensor-parallel ranks. with_statistics: collect the statistics in the same pass (not for `sft`,
+    which sees no teacher). Backward can be made once. A weight with a `main_grad` of the arithmetic's type has its
+    gradient added there by this call, not by backward, which must then come with a gradient of 1; it may have no other
+    path to the loss, unless Megatron-Core marked it as tied to an embedding (`zero_out_wgrad`). Raises ValueError for
+    an unknown objective, a missing head, or sizes that do not go together.
     """
     distance = DIVERGENCES.get(objective) if isinstance(objective, str) else objective
+    name = str(objective) if distance is None else distance.name
     if distance is None and objective not in ("amm", "sft"):
-        raise ValueError(f"objective: {objective!r} is not known")
+        raise ValueError(f"objective: {name!r} is not known")
     if (teacher is None and objective != "sft") or (critic is None and objective == "amm"):
-        raise ValueError(f"objective {objective} needs the teacher's head" + (" and a critic" * (objective == "amm")))
-    name = objective if distance is None else distance.name
+        raise ValueError(f"objective {name} needs the teacher's head" + (" and a critic" * (objective == "amm")))
+    if objective == "sft" and with_statistics:
+        raise ValueError("objective sft sees no teacher, so there are no statistics to collect")
     gradient = HeadGradient(student, arithmetic(student.hidden))
     with torch.no_grad():
         heads = AppliedHeads(
@@ -145,8 +149,8 @@ def student_loss(
             vocabulary,
             options or HeadOptions(),
         )
-        weights = weights.to(heads.dtype)
-        scores = torch.zeros_like(weights) if scores is None else scores.to(heads.dtype)
+        weights = heads.one_each("weights", weights)
+        scores = torch.zeros_like(weights) if scores is None else heads.one_each("scores", scores)
         if objective == "sft":
             scores, weights = scores - weights, torch.zeros_like(weights)
         # Partial sums over this shard: D and ln q(y).
@@ -194,7 +198,7 @@ def critic_loss(
 
     estimator `full_vocabulary`: U = delta. `sampled`: U = f(y) - E_q f off-policy (y from the teacher), E_p f - f(y)
     on-policy (y from the student). targets: int64 [N]; weights: [N], constants. `main_grad` is used as by
-    `student_loss`. Raises ValueError for another estimator.
+    `student_loss`. Raises ValueError for another estimator, or sizes that do not go together.
     """
     if estimator not in ("full_vocabulary", "sampled"):
         raise ValueError(f"estimator: {estimator!r} is not known")
@@ -202,7 +206,7 @@ def critic_loss(
     gradients = [HeadGradient(Head(hidden, weight), dtype) for hidden, weight, _ in critic.terms]
     with torch.no_grad():
         heads = AppliedHeads(student, teacher, critic, targets, vocabulary, options or HeadOptions())
-        weights = weights.to(heads.dtype)
+        weights = heads.one_each("weights", weights)
         parts = []
         to_gradient, to_centered = heads.kernel(blocks.critic_gradient), heads.kernel(blocks.center_gradient)
         for rows in heads.chunks():
@@ -245,15 +249,14 @@ def _moments(statistics: TokenStatistics, on_policy: bool, estimator: str) -> Te
 def _finish_statistics(heads: AppliedHeads, parts: Sequence[tuple[Tensor, Tensor]]) -> TokenStatistics:
     """Join the chunks and reduce over the shards: one SUM and one MAX."""
     group = heads.vocabulary.group
-    if parts:
-        sums = sum_over_group(torch.cat([part[0] for part in parts], dim=1), group)
-        maxima = max_over_group(torch.cat([part[1] for part in parts], dim=1), group)
-    else:
-        sums = torch.zeros(8 if heads.critic is None else 12, 0, dtype=heads.dtype, device=heads.device)
-        maxima = torch.zeros(2 if heads.critic is None else 4, 0, dtype=heads.dtype, device=heads.device)
-    top1_agreement = (maxima[0] == maxima[1]).to(heads.dtype)
-    values = [*sums[:8], top1_agreement, *sums[8:]]
+    names, tops = blocks.SUMS, blocks.MAXIMA
     if heads.critic is not None:
-        values += [-maxima[2], maxima[3]]
-    names = [field.name for field in fields(TokenStatistics)]
-    return TokenStatistics(**dict(zip(names, values, strict=False)))
+        names, tops = names + blocks.CRITIC_SUMS, tops + blocks.CRITIC_MAXIMA
+    nothing = torch.zeros(len(names), 0, dtype=heads.dtype, device=heads.device)
+    sums = sum_over_group(torch.cat([nothing, *[part[0] for part in parts]], dim=1), group)
+    maxima = max_over_group(torch.cat([nothing[: len(tops)], *[part[1] for part in parts]], dim=1), group)
+    found, largest = dict(zip(names, sums, strict=True)), dict(zip(tops, maxima, strict=True))
+    agree = largest["minus_student_id"] == largest["minus_teacher_id"]
+    if heads.critic is not None:
+        found |= {"f_min": -largest["minus_f_min"], "f_max": largest["f_max"]}
+    return TokenStatistics(**found, top1_agreement=agree.to(heads.dtype))

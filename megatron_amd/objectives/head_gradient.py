@@ -110,7 +110,8 @@ def _tell_megatron(weight: Any) -> None:
     Megatron-Core's hook runs when autograd is done with the weight. It wants to see some `grad`, and leaves it alone
     where it finds `grad_added_to_main_grad`. One number stands for it: autograd would make a whole tensor of one that
     came by its way. A weight that is also the embedding of this stage (`zero_out_wgrad`) gets its gradient from there,
-    which the hook must add.
+    which the hook must add. Any other path from the weight to the loss fails in autograd, which cannot add to that one
+    number: better than a gradient that is lost.
     """
     if not getattr(weight, "zero_out_wgrad", False):
         weight.grad_added_to_main_grad = True

@@ -31,6 +31,11 @@ BLOCK_NUMBERS = 2**18
 """Logits in a block on a CPU: a MiB in fp32, so that the few tensors of its size that are alive fit in a cache."""
 
 
+GPU_BLOCK_NUMBERS = 2**24
+"""The same on a GPU whose kernels are not compiled, which make a few tensors of a block's size; compiled ones work on
+a whole chunk."""
+
+
 @dataclass(frozen=True)
 class Head:
     """Hidden states and the LM head that reads them."""
@@ -63,6 +68,13 @@ class CriticHead:
     """`log_ratio` adds prior_scale (ln p - ln q); or `none`."""
     prior_scale: float = 1.0
     """kappa."""
+
+    def __post_init__(self) -> None:
+        if not self.terms or self.squash not in ("tanh", "none") or self.prior not in ("log_ratio", "none"):
+            raise ValueError(
+                f"a critic's head with {len(self.terms)} terms, squash {self.squash!r} and prior {self.prior!r}: needs "
+                "a term, tanh or none, log_ratio or none"
+            )
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,14 @@ class AppliedHeads:
         self.terms: list[tuple[Head, float]] = []
         if critic is not None:
             self.terms = [(self._real(Head(hidden, weight)), sign) for hidden, weight, sign in critic.terms]
+        if (
+            targets.device.type == "cpu"
+            and self.num_tokens
+            and not 0 <= targets.min() <= targets.max() < vocabulary.size
+        ):
+            raise ValueError(
+                f"targets: ids from {targets.min()} to {targets.max()} in a vocabulary of {vocabulary.size}"
+            )
         self._targets = LocalTargets.of(targets, vocabulary.shard_start, self.real_rows)
         count = 1 + (teacher is not None) + (critic is not None)
         widened = student.weight.dtype != self.dtype  # products in a narrow type have memory of their own for a while
@@ -122,6 +142,15 @@ class AppliedHeads:
         self._compiled = options.compiled and self.device.type == "cuda"
         shape = (min(self._chunk_tokens, self.num_tokens), self.real_rows)
         self._buffers = [torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(count)]
+
+    def one_each(self, name: str, values: Tensor) -> Tensor:
+        """One number for each token, in the arithmetic's type.
+
+        Raises ValueError where there are more or fewer.
+        """
+        if values.shape != (self.num_tokens,):
+            raise ValueError(f"{name}: {list(values.shape)} numbers for {self.num_tokens} targets")
+        return values.to(self.dtype)
 
     def chunks(self) -> Iterator[slice]:
         """Slices of the tokens that cover all N."""
@@ -211,7 +240,8 @@ class AppliedHeads:
     def _parts(self, rows: slice) -> list[slice]:
         """Blocks as slices of the chunk."""
         count = rows.stop - rows.start
-        size = count if self.device.type == "cuda" else max(1, BLOCK_NUMBERS // max(self.real_rows, 1))
+        numbers = GPU_BLOCK_NUMBERS if self.device.type == "cuda" else BLOCK_NUMBERS
+        size = count if self._compiled else max(1, numbers // max(self.real_rows, 1))
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
     def _project(self, head: Head, rows: slice, out: Tensor, scale: float, add: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_amd.objectives import moments
-from megatron_amd.objectives.divergences import DIVERGENCES
+from megatron_amd.objectives.blocks import compiled
+from megatron_amd.objectives.divergences import DIVERGENCES, log_ratios_to_mixture
 from megatron_amd.objectives.fused_head import critic_loss, head_statistics, student_loss
 from megatron_amd.objectives.heads import AppliedHeads, CriticHead, Head, HeadOptions
 from megatron_amd.objectives.vocab_parallel import Vocabulary
@@ -140,6 +140,23 @@ def test_a_chunk_fits_its_memory() -> None:
     assert HeadOptions(chunk_tokens=5000, memory_mib=1).tokens(10**9, 2, torch.float32, cpu) == 5000
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.999, 1e-3, 1e-8, 1 - 1e-7])
+def test_ratios_to_a_mixture_at_any_share_and_gap(share: float, dtype: torch.dtype) -> None:
+    """Against 50 digits of ln p - ln(b p + (1-b) q)."""
+    from mpmath import mp, mpf
+
+    gaps = [0.0, 1e-6, -1e-3, 0.3, -2.0, 15.0, -40.0, 90.0, -700.0, 1e4]
+    p, q = (torch.tensor([[sign * gap / 2 for gap in gaps]], dtype=dtype) for sign in (1, -1))
+    found = log_ratios_to_mixture(p, q, share)
+    with mp.workdps(50):
+        for column, (a, b) in enumerate(zip(p[0].tolist(), q[0].tolist(), strict=True)):
+            mixture = mp.log(mpf(share) * mp.exp(mpf(a)) + (1 - mpf(share)) * mp.exp(mpf(b)))
+            for ours, exact in zip(found, (mpf(a) - mixture, mpf(b) - mixture), strict=True):
+                error = abs(float(ours[0, column]) - float(exact))
+                assert error <= 4 * torch.finfo(dtype).eps * max(1.0, abs(a - b))
+
+
 def test_scaling_a_loss_whose_gradient_is_in_main_grad_is_refused() -> None:
     shard = Shard(Problem({"main_grad": True}), None)
     problem = shard.problem
@@ -194,13 +211,15 @@ def test_what_is_compiled_for_one_distance_is_not_used_for_another(monkeypatch: 
 def trace_kernels(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Have torch.compile trace the element-wise functions; collects those that are called."""
 
-    @functools.cache
-    def traced(function: Any) -> Any:
-        return torch.compile(function, dynamic=True, fullgraph=True, backend="aot_eager")
-
     used: list[Any] = []
+
+    def kernel(_: AppliedHeads, function: Any) -> Any:
+        used.append(function)
+        return compiled(function, fullgraph=True, backend="aot_eager")
+
     torch._dynamo.reset()
-    monkeypatch.setattr(AppliedHeads, "kernel", lambda self, function: used.append(function) or traced(function))
+    compiled.cache_clear()
+    monkeypatch.setattr(AppliedHeads, "kernel", kernel)
     return used
 
 
@@ -213,6 +232,22 @@ def test_calls_that_cannot_be_right_are_refused() -> None:
         student_loss(student, teacher, None, objective="mse", **common)
     with pytest.raises(ValueError, match="needs the teacher"):
         student_loss(student, None, None, objective="kl", **common)
+    with pytest.raises(ValueError, match="objective gjs 0.5 needs the teacher"):
+        student_loss(student, None, None, objective=DIVERGENCES["js"], **common)
+    with pytest.raises(ValueError, match="sft sees no teacher"):
+        student_loss(student, None, None, objective="sft", with_statistics=True, **common)
+    longer = torch.ones(len(problem.targets) + 1)
+    for wrong in ({"weights": longer}, {"scores": longer}, {"weights": torch.ones(1)}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: .* numbers for {len(problem.targets)} targets"):
+            student_loss(student, teacher, None, objective="kl", **{**common, **wrong})
+    ignored = problem.targets.clone()
+    ignored[0] = -100
+    with pytest.raises(ValueError, match="ids from -100 to"):
+        student_loss(student, teacher, None, objective="kl", **{**common, "targets": ignored})
+    with pytest.raises(ValueError, match="squash 'tanhh'"):
+        CriticHead(critic.terms, squash="tanhh")
+    with pytest.raises(ValueError, match="0 terms"):
+        CriticHead(())
     with pytest.raises(ValueError, match="and a critic"):
         student_loss(student, teacher, None, objective="amm", **common)
     with pytest.raises(ValueError, match="estimator"):
