@@ -2,6 +2,7 @@
 # make check         formatting, lint, types, tests: what CI runs
 # make check-latest  the layout and step tests on Python 3.12 with the newest Megatron-Core
 # make bench-fused-head  time and memory of the fused head beside dense torch and TRL (about 15 minutes)
+# make bench-rollout     tokens per second of generation beside transformers (after make demo; about 25 minutes)
 # make format        rewrite files as `make check` wants them
 # make clean         remove environments, caches and build output (runs/ stays)
 #
@@ -26,7 +27,7 @@ PYTEST_ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo check check-latest bench-fused-head format clean
+.PHONY: demo check check-latest bench-fused-head bench-rollout format clean
 
 # Two ranks with several threads each would fight over two cores, and sums over threads change with their number.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -72,6 +73,9 @@ check-latest: .venv-latest/installed
 
 bench-fused-head: .venv-bench/installed
 	@.venv-bench/bin/python benchmarks/fused_head.py
+
+bench-rollout: .venv-bench/installed
+	@.venv-bench/bin/python benchmarks/rollout.py
 
 format: .venv-check/installed
 	@.venv-check/bin/ruff format .

@@ -73,19 +73,24 @@ class Rollouts:
     """int64 [B]."""
     lengths: Tensor
     """int64 [B]: prompt and response together, EOS included."""
+    log_probs: Tensor | None = None
+    """float32 [B, T], T tokens in the longest response: each response token's log-probability under the model that
+    generated it, at temperature 1; 0 behind a response. None where it is not known."""
 
     @staticmethod
     def from_lists(
-        prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        log_probs: Sequence[Sequence[float]] | None = None,
     ) -> Rollouts:
         """Pad lists of token ids into tensors (padding is token 0, which nothing reads)."""
         rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
-        width = max((len(row) for row in rows), default=0)
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64, device=device)
         return Rollouts(
-            tokens=tokens.view(len(rows), width),
+            tokens=_padded(rows, torch.int64, device),
             prompt_lengths=torch.tensor([len(p) for p in prompts], dtype=torch.int64, device=device),
             lengths=torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device),
+            log_probs=None if log_probs is None else _padded(log_probs, torch.float32, device),
         )
 
     def __len__(self) -> int:
@@ -95,6 +100,13 @@ class Rollouts:
         """Response token ids of each row, EOS included."""
         spans = zip(self.tokens.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist(), strict=True)
         return [row[start:end] for row, start, end in spans]
+
+
+def _padded(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """[rows, longest], zeros behind the shorter ones."""
+    width = max((len(row) for row in rows), default=0)
+    padded = [[*row, *[0] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=dtype, device=device).view(len(rows), width)
 
 
 @dataclass(frozen=True)

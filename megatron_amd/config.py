@@ -246,8 +246,18 @@ class RolloutConfig:
     """Sample among the k likeliest tokens; 0: all."""
     top_p: float = 1.0
     """Sample among the likeliest tokens whose probabilities reach p."""
+    min_p: float = 0.0
+    """Sample among tokens at least this many times as likely as the likeliest; 0: all."""
+    min_response_length: int = 0
+    """EOS is not sampled before a response has this many tokens."""
     batch_size: int | None = None
-    """Sequences generated at once per replica; unset: all of an iteration's."""
+    """Most sequences in work at once per replica; a finished one makes room for the next. Unset: all of an
+    iteration's."""
+    pass_tokens: int = 1024
+    """Most tokens that go through a model together: one of each sequence being written, and pieces of prompts."""
+    cache_tokens: int | None = None
+    """Most positions per replica whose keys and values are kept, which bounds the cache's memory; fewer sequences are
+    in work at once where each may grow long. Unset: no bound but batch_size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,8 +450,8 @@ def _check(config: Config) -> None:
             raise InputError(f"{role}.init.layers: cuts a pretrained model; with architecture, set its layer count")
 
 
-_UNIT_INTERVAL = ("objective.beta", "warmup.beta")
-_OPEN_UNIT_INTERVAL = ("objective.gjs_weight", "objective.skew")
+_UNIT_INTERVAL = ("objective.beta", "warmup.beta", "rollout.min_p")
+_SHARES = ("objective.gjs_weight", "objective.skew")
 _POSITIVE_UNIT_INTERVAL = ("objective.gamma", "rollout.top_p")
 _AT_LEAST_ONE = (
     "parallel.tensor_model_parallel_size",
@@ -455,6 +465,8 @@ _AT_LEAST_ONE = (
     "rollout.max_response_length",
     "rollout.samples_per_prompt",
     "rollout.batch_size",
+    "rollout.pass_tokens",
+    "rollout.cache_tokens",
     "evaluation.max_response_length",
     "data.max_prompt_length",
     "data.limit",
@@ -474,6 +486,7 @@ _NOT_NEGATIVE = (
     "training.steps",
     "rollout.top_k",
     "rollout.temperature",
+    "rollout.min_response_length",
     "checkpoint.save_interval",
     "evaluation.prompts",
     "evaluation.interval",
@@ -490,7 +503,7 @@ _NOT_NEGATIVE = (
 def _check_ranges(config: Config) -> None:
     for names, allowed, wanted in (
         (_UNIT_INTERVAL, lambda x: 0 <= x <= 1, "in [0, 1]"),
-        (_OPEN_UNIT_INTERVAL, lambda x: 0 < x < 1, "in (0, 1)"),
+        (_SHARES, lambda x: 0.001 <= x <= 0.999, "in [0.001, 0.999]"),
         (_POSITIVE_UNIT_INTERVAL, lambda x: 0 < x <= 1, "in (0, 1]"),
         (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
         (_POSITIVE, lambda x: x > 0, "positive"),
@@ -543,7 +556,8 @@ def _check_objective(config: Config) -> None:
             "sampled; use full_vocabulary"
         )
     temperature = objective.student_temperature
-    from_the_student = rollout.temperature == temperature and rollout.top_k == 0 and rollout.top_p == 1
+    truncated = rollout.top_k or rollout.top_p < 1 or rollout.min_p or rollout.min_response_length
+    from_the_student = rollout.temperature == temperature and not truncated
     if amm and objective.beta < 1 and not from_the_student:
         for name, value, other in (
             ("policy_gradient", objective.policy_gradient, "per_step"),
@@ -551,12 +565,16 @@ def _check_objective(config: Config) -> None:
         ):
             if value != other:
                 raise InputError(
-                    f"objective.{name}: {value} is unbiased only for rollout.temperature {temperature:g}, top_k 0 and "
-                    f"top_p 1; use those, or {name}: {other}"
+                    f"objective.{name}: {value} is unbiased only for rollout.temperature {temperature:g}, top_k 0, "
+                    f"top_p 1, min_p 0 and min_response_length 0; use those, or {name}: {other}"
                 )
     if amm and config.critic.tightness_threshold is not None and not objective.critic_steps:
         raise InputError("critic.tightness_threshold: needs objective.critic_steps of at least 1")
     has_responses = config.data.response_field or config.data.messages_field
+    if rollout.min_response_length > rollout.max_response_length:
+        raise InputError(
+            f"rollout.min_response_length: must not exceed rollout.max_response_length {rollout.max_response_length}"
+        )
     if rollout.off_policy == "data" and not has_responses and _uses_off_policy(config):
         raise InputError("rollout.off_policy: data needs data.response_field or data.messages_field")
 

@@ -10,13 +10,11 @@ Shapes: b rows, sq query and sk key positions, np query heads and ng key-value h
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_amd import distributed  # noqa: F401  (before megatron.core: prepares torch and keeps imports quiet)
 
@@ -27,6 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_amd.errors import InputError
+from megatron_amd.models.kv_cache import LayerCache
 
 
 class CoreAttention(MegatronModule):
@@ -91,21 +90,26 @@ class CoreAttention(MegatronModule):
             attention_mask: bool, broadcastable to [b, np, sq, sk], True where attention is forbidden (Megatron's
                 convention). Read only when attention is not causal.
             attn_mask_type: overrides the module's own mask type.
-            attention_bias: [1 or b, np, sq, sk], added to the scores.
+            attention_bias: [1 or b, np, sq, sk], added to the scores. With a cache: [1, np, T, columns].
             packed_seq_params: must be None.
 
         Returns:
             [sq, b, np * hn].
+
+        With a cache, b is 1 and the T = sq tokens are those of a flat pass (kv_cache.py).
         """
         if packed_seq_params is not None:
             raise NotImplementedError("packed sequences are not supported")
+        if self.cache is not None:
+            grouped = query[:, 0].unflatten(1, (key.shape[2], -1))
+            return self.attend_cached(grouped, torch.stack([key[:, 0], value[:, 0]], dim=2), attention_bias).unsqueeze(
+                1
+            )
         # Heads before positions: [b, np, sq, hn] and [b, ng, sk, hn].
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         # Padding on the right is invisible to causal attention, so the two causal kinds are one.
         causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
-        if self.cache is not None:
-            key, value, attention_bias, causal = self.cache.extend(key, value, attention_bias)
-        elif not causal and attention_mask is not None:
+        if not causal and attention_mask is not None:
             attention_bias = forbid(attention_mask, attention_bias, query.dtype)
         if causal and attention_bias is not None:
             future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
@@ -113,15 +117,69 @@ class CoreAttention(MegatronModule):
         context = self._attend(query, key, value, attention_bias, causal)
         return context.permute(2, 0, 1, 3).flatten(2)
 
+    def attend_cached(self, query: Tensor, pairs: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Each token of a flat pass over its own row's past.
+
+        Args:
+            query: [T, ng, np / ng, hn], of the heads of each group.
+            pairs: [T, ng, 2, hn], each group's key and value.
+            bias: [1, np, T, columns], added to the scores.
+
+        Returns:
+            [T, np * hn].
+        """
+        assert self.cache is not None
+        owner = self.cache.owner
+        keys, values = self.cache.store(pairs)
+        decoded = self._decode(query[: owner.decoding], keys, values, bias) if owner.decoding else None
+        if decoded is not None and len(decoded) == len(query):
+            return decoded
+        context = query.new_zeros(len(query), query.shape[1] * query.shape[2] * query.shape[3])
+        if decoded is not None:
+            context[: len(decoded)] = decoded
+        first = owner.decoding
+        for row, start, length in owner.segments:
+            end, part = start + length, slice(first, first + length)
+            own_bias = None if bias is None else bias[:, :, part, :end]
+            if start or own_bias is not None:
+                future = torch.ones(length, end, dtype=torch.bool, device=query.device).triu(start + 1)
+                own_bias = forbid(future, own_bias, query.dtype)
+            found = self._attend(
+                query[part].flatten(1, 2).transpose(0, 1).unsqueeze(0),
+                keys[row, :, :end].unsqueeze(0),
+                values[row, :, :end].unsqueeze(0),
+                own_bias,
+                causal=own_bias is None,
+            )
+            context[part] = found[0].transpose(0, 1).flatten(1)
+            first += length
+        return context
+
+    def _decode(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """[D, np * hn]: of the rows that decode, one position each."""
+        assert self.cache is not None
+        owner = self.cache.owner
+        count, (_, groups, per_group, width) = owner.decoding, query.shape
+        rows = owner.row_index[:count]
+        mask = owner.bias(query.dtype)  # [first_rows, 1, 1, span]
+        if bias is not None:
+            own = bias[0, :, :count, : owner.span].transpose(0, 1).view(count, groups, per_group, owner.span)
+            mask = mask + own.new_zeros(owner.first_rows, *own.shape[1:]).index_copy_(0, rows, own)
+        if not owner.in_order:
+            query = query.new_zeros(owner.first_rows, groups, per_group, width).index_copy_(0, rows, query)
+        # The heads of a group as positions of one head, which every kernel can do.
+        found = F.scaled_dot_product_attention(
+            query.contiguous(),  # strided queries take the kernel's slow way
+            keys[: owner.first_rows, :, : owner.span],
+            values[: owner.first_rows, :, : owner.span],
+            attn_mask=mask,
+            scale=self.softmax_scale,
+        ).flatten(1)
+        return found if owner.in_order else found[rows]
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
         """[b, np, sq, hn]."""
-        rows, heads, positions, width = query.shape
-        groups = key.shape[1]
-        if positions == 1 and heads > groups and (bias is None or bias.shape[1] == 1):
-            # One query position: the heads of a group become positions of one head, which every kernel can do.
-            folded = query.reshape(rows, groups, heads // groups, width)
-            attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=self.softmax_scale)
-            return attended.reshape(rows, heads, 1, width)
+        heads, groups = query.shape[1], key.shape[1]
         if heads > groups and query.is_cuda and (bias is not None or query.dtype == torch.float32):
             # On a GPU only the flash kernel shares keys between heads, and it takes neither a bias nor fp32.
             key, value = (tensor.repeat_interleave(heads // groups, dim=1) for tensor in (key, value))
@@ -141,118 +199,3 @@ def forbid(forbidden: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor
     if bias is None:
         bias = torch.zeros((), dtype=dtype, device=forbidden.device)
     return bias.to(dtype).masked_fill(forbidden, float("-inf"))
-
-
-class LayerCache:
-    """Keys and values of one layer: two buffers [rows, ng, max_length, hn], column j holding position j."""
-
-    def __init__(self, owner: KVCache) -> None:
-        self._owner = owner
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def extend(self, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, bool]:
-        """Store the keys and values [b, ng, s, hn] of the positions that `KVCache` announced.
-
-        Returns:
-            What to attend over: keys and values [b, ng, span, hn], the bias [b, 1, s, span] (None for a prompt
-            from position 0) and whether attention is causal by position.
-        """
-        owner = self._owner
-        if self.keys is None or self.values is None:
-            shape = (owner.rows, key.shape[1], owner.max_length, key.shape[3])
-            self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
-        if owner.positions is None:
-            self.keys[:, :, : owner.span] = key
-            self.values[:, :, : owner.span] = value
-            return key, value, bias, True
-        rows, columns = owner.row_index, owner.positions
-        # Two index tensors around a slice put their own dimensions first: [b, s, ng, hn].
-        self.keys[rows, :, columns] = key.transpose(1, 2)
-        self.values[rows, :, columns] = value.transpose(1, 2)
-        mask = owner.bias(key.dtype)
-        return (
-            self.keys[:, :, : owner.span],
-            self.values[:, :, : owner.span],
-            mask if bias is None else bias + mask,
-            False,
-        )
-
-    def move(self, sources: Tensor, holes: Tensor, rows: int) -> None:
-        """Copy rows `sources` over rows `holes`, then keep the first `rows` rows."""
-        if self.keys is not None and self.values is not None:
-            for buffer in (self.keys, self.values):
-                buffer[holes] = buffer[sources]
-            self.keys, self.values = self.keys[:rows], self.values[:rows]
-
-
-class KVCache:
-    """Keys and values of every layer of a model stage, for rows of different lengths.
-
-    Before each forward pass the caller announces which positions its tokens have: `start` for prompts, then `step`
-    for the tokens after them. Column j of a row always holds position j, so a row's result does not depend on how
-    long its neighbours are. Padding behind a short prompt is stored, never visible, and overwritten in time.
-    """
-
-    def __init__(self, rows: int, max_length: int) -> None:
-        self.rows = rows
-        """Rows in use."""
-        self.max_length = max_length
-        """Positions there is room for."""
-        self.span = 0
-        """Columns that the coming pass attends over."""
-        self.positions: Tensor | None = None
-        """int64 [rows, s] of the coming pass; None for prompts, whose positions are 0 to span - 1."""
-        self.row_index = torch.arange(rows)[:, None]
-        self.layers: list[LayerCache] = []
-        self._bias: Tensor | None = None
-
-    def start(self, width: int) -> None:
-        """The coming pass holds prompts: positions 0 to width - 1 of every row, shorter prompts padded."""
-        self.span, self.positions, self._bias = width, None, None
-
-    def step(self, positions: Tensor, span: int) -> None:
-        """The coming pass holds tokens at `positions` [rows, s]; `span` exceeds them all (an int, so that a GPU need
-        not be asked)."""
-        self.span, self.positions, self._bias = span, positions, None
-        if self.row_index.device != positions.device:
-            self.row_index = self.row_index.to(positions.device)
-
-    def bias(self, dtype: torch.dtype) -> Tensor:
-        """[rows, 1, s, span]: 0 at a position's past and itself, -inf beyond. The same for every layer of a pass."""
-        assert self.positions is not None
-        if self._bias is None or self._bias.dtype != dtype:
-            columns = torch.arange(self.span, device=self.positions.device)
-            self._bias = forbid(columns > self.positions[:, None, :, None], None, dtype)
-        return self._bias
-
-    def keep(self, alive: Tensor) -> Tensor:
-        """Drop the rows where `alive` (bool [rows]) is False. Rows from the end move into the holes.
-
-        Returns:
-            int64 [kept]: for each row now, where it was.
-        """
-        count = int(alive.sum())
-        holes = torch.nonzero(~alive[:count]).flatten()
-        sources = torch.nonzero(alive[count:]).flatten() + count
-        for layer in self.layers:
-            layer.move(sources, holes, count)
-        order = torch.arange(count, device=alive.device)
-        order[holes] = sources
-        self.rows, self.row_index, self.positions, self._bias = count, self.row_index[:count], None, None
-        return order
-
-
-@contextmanager
-def kv_cache(model: nn.Module, rows: int, max_length: int) -> Iterator[KVCache]:
-    """Give every `CoreAttention` of `model` a cache for `rows` sequences of at most `max_length` tokens."""
-    cache = KVCache(rows, max_length)
-    attentions = [module for module in model.modules() if isinstance(module, CoreAttention)]
-    for attention in attentions:
-        attention.cache = LayerCache(cache)
-        cache.layers.append(attention.cache)
-    try:
-        yield cache
-    finally:
-        for attention in attentions:
-            attention.cache = None

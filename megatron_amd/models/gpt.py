@@ -55,7 +55,7 @@ class CausalLM(GPTModel):
         if position_ids is None:
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         hidden = self.embedding(tokens, position_ids.expand_as(tokens)) if self.pre_process else None
-        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotary_angles(position_ids))
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary_angles(position_ids))
 
     def head_weight(self) -> Tensor:
         """[V_local, H] rows of the LM head (last stage)."""
@@ -65,7 +65,7 @@ class CausalLM(GPTModel):
             else (self.output_layer.weight)
         )
 
-    def _rotary_angles(self, position_ids: Tensor) -> Tensor | None:
+    def rotary_angles(self, position_ids: Tensor) -> Tensor | None:
         """[S, 1 or b, 1, head_dim] rotary angles at the given positions."""
         if self.position_embedding_type != "rope":
             return None

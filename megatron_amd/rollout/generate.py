@@ -1,16 +1,18 @@
-"""Generation on the training weights, under tensor, pipeline and data parallelism, with a key-value cache.
+"""Generation on the training weights, under tensor, pipeline and data parallelism, with continuous batching.
 
 No weights are converted or copied, so a rollout's log-probabilities are those of the trainer. Data-parallel replicas
 work on their own prompts and never wait for each other; within a replica all ranks call `generate` with the same
-arguments.
+arguments and follow the same plan (pool.py). With a pipeline there are as many pools as stages: while one stage works
+on a pass of one pool, the others work on passes of the others.
 
-Shapes: b sequences generated together, W tokens in the longest prompt, T tokens in the longest response.
+Shapes: T tokens in a flat pass, M of them with a token to be drawn after them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +23,14 @@ from torch import Tensor, nn
 from megatron_amd.batch import Prompts, Rollouts
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
-from megatron_amd.models.attention import KVCache, kv_cache
 from megatron_amd.models.gpt import CausalLM
-from megatron_amd.rollout.sampling import sample_tokens, uniform
+from megatron_amd.models.kv_cache import KVCache, kv_cache
+from megatron_amd.models.lean import LeanLayer, lean_forward, lean_layers, product
+from megatron_amd.rollout.pool import Pass, Pool, Response
+from megatron_amd.rollout.sampling import mixture, sample_tokens, token_log_probs, uniform
 
-_FP8_ROWS = 32
-"""FP8 matrix products want the number of tokens to be a multiple of this, also with one token a row."""
+_FP8_TOKENS = 32
+"""FP8 matrix products want the number of tokens to be a multiple of this."""
 _SPLIT_SEQUENCE_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
@@ -41,10 +45,26 @@ class Sampling:
     seed: int
     """Of the noise."""
     max_response_length: int
-    """T, EOS included."""
-    temperature: float
-    top_k: int
-    top_p: float
+    """Longest response, EOS included."""
+    min_response_length: int = 0
+    """EOS is not drawn before a response has this many tokens."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model that generates, or one of two whose distributions are mixed."""
+
+    model: CausalLM
+    share: float
+    """Of its distribution in what is drawn from."""
+    caches: list[KVCache]
+    """One for each pool."""
+    layers: list[LeanLayer] | None = None
+    """The stage's layers, where passes go through them; None: through the model."""
 
 
 def generate(
@@ -56,17 +76,23 @@ def generate(
     eos_ids: Collection[int],
     seed: int,
     max_response_length: int,
+    min_response_length: int = 0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     samples_per_prompt: int = 1,
     sample_index: Sequence[int] | None = None,
     batch_size: int | None = None,
+    pass_tokens: int = 1024,
+    cache_tokens: int | None = None,
+    mixed_with: tuple[nn.Module, float] | None = None,
+    is_complete: Callable[[Sequence[int]], bool] | None = None,
 ) -> Rollouts:
     """Sample responses to this replica's prompts. Collective over the replica's tensor and pipeline ranks.
 
-    A row's tokens depend on its prompt, the weights and its own noise; neighbours, `batch_size` and the layout change
-    them through floating-point rounding only, which in fp32 practically never reaches a token.
+    A response depends on its prompt, the weights and its own noise; neighbours, the sizes of pool and passes and the
+    layout change it through floating-point rounding only, which in fp32 practically never reaches a token.
 
     Args:
         model: a `CausalLM`, bare or wrapped for data parallelism. Its mode and sequence parallelism are restored.
@@ -76,44 +102,84 @@ def generate(
         eos_ids: tokens that end a response; they are kept in it.
         seed: of the noise. Give student and teacher different ones, else they share it.
         max_response_length: longest response, EOS included.
+        min_response_length: EOS is not drawn before that many tokens.
         temperature: 0 takes the likeliest token.
         top_k: see `sample_tokens`.
         top_p: see `sample_tokens`.
+        min_p: see `sample_tokens`.
         samples_per_prompt: responses to each prompt, in neighbouring rows.
         sample_index: each row's sample number in the noise; by default 0 to samples_per_prompt - 1 in turn.
-        batch_size: sequences generated together; unset: all.
+        batch_size: most responses in work at once; unset: all.
+        pass_tokens: most tokens that go through the model together: prompts are read in pieces of what is left beside
+            one token for each response that is being written.
+        cache_tokens: most positions with cached keys and values, which bounds the cache's memory: fewer responses are
+            in work at once where each may grow long; unset: no bound.
+        mixed_with: (another model of the same layout and vocabulary, its share): tokens are drawn from
+            (1 - share) * model + share * other, both at `temperature`.
+        is_complete: told a response's tokens so far, whether it ends here (stop strings).
 
     Returns:
-        Rollouts of len(prompts) * samples_per_prompt rows, in the order of `prompts.repeat(samples_per_prompt)`.
+        Rollouts of len(prompts) * samples_per_prompt rows, in the order of `prompts.repeat(samples_per_prompt)`, with
+        the log-probabilities of their tokens under `model` at temperature 1.
 
     Raises:
-        InputError: a prompt is empty, or prompt and response may exceed the model's positions.
+        InputError: a prompt is empty, prompt and response may exceed the model's positions, or `cache_tokens` has no
+            room for one of them.
     """
-    model = unwrap(model)
+    models = [(unwrap(model), 1.0)]
+    if mixed_with is not None:
+        models = [(models[0][0], 1 - mixed_with[1]), (unwrap(mixed_with[0]), mixed_with[1])]
     rows = prompts.repeat(samples_per_prompt)
     if sample_index is None:
         sample_index = [index for _ in range(len(prompts)) for index in range(samples_per_prompt)]
-    check_lengths(prompts, max_response_length, model.max_sequence_length)
+    for generating, _ in models:
+        check_lengths(prompts, max_response_length, generating.max_sequence_length)
     sampling = Sampling(
         vocab_size=vocab_size,
         eos_ids=tuple(eos_ids),
         seed=seed,
         max_response_length=max_response_length,
+        min_response_length=min_response_length,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
     )
-    # Neighbours of like length waste the least; the order changes no result.
-    order = sorted(range(len(rows)), key=lambda row: len(rows.tokens[row]))
-    responses: list[list[int]] = [[] for _ in order]
-    size = batch_size or max(1, len(rows))
-    with generation_mode(model):
-        for first in range(0, len(rows), size):
-            chunk = order[first : first + size]
-            found = generate_chunk(model, rows, sample_index, chunk, layout, sampling)
-            for row, response in zip(chunk, found, strict=True):
-                responses[row] = response
-    return Rollouts.from_lists(rows.tokens, responses, layout.device)
+
+    def ended(response: Response) -> bool:
+        return response.tokens[-1] in sampling.eos_ids or (is_complete is not None and is_complete(response.tokens))
+
+    def noise(coming: Pass) -> Tensor:
+        numbers = [response.number for response in coming.responses]
+        columns = [
+            [rows.ids[number] for number in numbers],
+            [sample_index[number] for number in numbers],
+            [rows.visits[number] for number in numbers],
+            [len(response.tokens) for response in coming.responses],
+        ]
+        return uniform(sampling.seed, *torch.tensor(columns, dtype=torch.int64).to(layout.device))
+
+    queue = deque(Response(number, prompt, max_response_length) for number, prompt in enumerate(rows.tokens))
+    width = max((len(prompt) for prompt in prompts.tokens), default=0) + max_response_length
+    sizes = pool_sizes(len(rows), width, layout.pp_size, batch_size, cache_tokens)
+    with ExitStack() as stack:
+        generators = []
+        for generating, share in models:
+            stack.enter_context(generation_mode(generating))
+            spare = int(token_multiple(generating) > 1)  # a row for fillers
+            caches = [kv_cache(generating, size + spare, width, layout.device) for size in sizes]
+            generators.append(Generator(generating, share, caches, lean_layers(generating)))
+        pools = [
+            Pool(queue, size, [generator.caches[number] for generator in generators], pass_tokens, ended)
+            for number, size in enumerate(sizes)
+        ]
+        complete = sorted(run(generators, pools, layout, sampling, noise), key=lambda response: response.number)
+    return Rollouts.from_lists(
+        rows.tokens,
+        [response.tokens for response in complete],
+        layout.device,
+        log_probs=[response.log_probs for response in complete],
+    )
 
 
 def unwrap(model: nn.Module) -> CausalLM:
@@ -136,6 +202,23 @@ def check_lengths(prompts: Prompts, max_response_length: int, max_positions: int
                 f"prompt {prompt_id}: {len(tokens)} tokens and a response of {max_response_length} exceed the model's "
                 f"{max_positions} positions; lower data.max_prompt_length or the response length"
             )
+
+
+def pool_sizes(responses: int, width: int, stages: int, batch_size: int | None, cache_tokens: int | None) -> list[int]:
+    """Rows of each stage's pool.
+
+    Raises:
+        InputError: `cache_tokens` is below the `width` positions of one row.
+    """
+    rows = min(batch_size or responses, responses)
+    if cache_tokens is not None:
+        if cache_tokens < width:
+            raise InputError(
+                f"rollout.cache_tokens={cache_tokens} has no room for the longest prompt and its response, {width} "
+                "tokens: raise it, or lower data.max_prompt_length or rollout.max_response_length"
+            )
+        rows = min(rows, cache_tokens // width)
+    return [rows // stages + (number < rows % stages) for number in range(stages)]
 
 
 @contextmanager
@@ -168,117 +251,157 @@ def generation_mode(model: CausalLM) -> Iterator[None]:
             module.training = mode
 
 
-def generate_chunk(
-    model: CausalLM,
-    prompts: Prompts,
-    sample_index: Sequence[int],
-    rows: Sequence[int],
+def token_multiple(model: CausalLM) -> int:
+    """What the number of tokens of a pass must be a multiple of."""
+    return _FP8_TOKENS if model.config.fp8 else 1
+
+
+def run(
+    generators: Sequence[Generator],
+    pools: Sequence[Pool],
     layout: Layout,
     sampling: Sampling,
-) -> list[list[int]]:
-    """Responses to the prompts numbered `rows`, generated together."""
-    device, count = layout.device, len(rows)
-    multiple = row_multiple(model)
-    rows = [*rows, *[rows[-1]] * (-count % multiple)]
-    lengths = torch.tensor([len(prompts.tokens[row]) for row in rows], device=device)
-    width = max(len(prompts.tokens[row]) for row in rows)
-    noise = token_noise(prompts, sample_index, rows, sampling, device)
-    eos = torch.tensor(sampling.eos_ids, dtype=torch.int64, device=device)
+    noise: Callable[[Pass], Tensor],
+) -> Iterator[Response]:
+    """Complete the responses of all pools, in any order.
 
-    responses = torch.zeros(len(rows), sampling.max_response_length, dtype=torch.int64, device=device)
-    response_lengths = torch.full((len(rows),), sampling.max_response_length, dtype=torch.int64, device=device)
-    # What follows is per row still in work; `numbers` says which rows of the chunk those are.
-    numbers, finished = torch.arange(len(rows), device=device), torch.zeros(len(rows), dtype=torch.bool, device=device)
-    with kv_cache(model, len(rows), width + sampling.max_response_length) as cache:
-        hidden = prefill(model, cache, [prompts.tokens[row] for row in rows], lengths, layout)
-        for step in range(sampling.max_response_length):
-            tokens = next_tokens(model, hidden, noise[numbers, step], layout, sampling)
-            responses[numbers, step] = torch.where(finished, responses[numbers, step], tokens)
-            ended = torch.isin(tokens, eos) & ~finished
-            response_lengths[numbers[ended]] = step + 1
-            finished = finished | ended
-            running = int((~finished).sum())
-            if running == 0 or step + 1 == sampling.max_response_length:
-                break
-            if running < len(finished):
-                kept = cache.keep(rows_to_keep(finished, multiple))
-                numbers, finished, lengths, tokens = numbers[kept], finished[kept], lengths[kept], tokens[kept]
-            positions = (lengths + step)[:, None]
-            cache.step(positions, width + step + 1)
-            hidden = stage_pass(model, tokens[:, None], positions, layout)[0]
-    return [
-        response[:length]
-        for response, length in zip(responses[:count].tolist(), response_lengths[:count].tolist(), strict=True)
+    One turn a tick: in tick t, stage s works on the pass of pool (t - s) mod stages, so a pass goes one stage further
+    each tick. Then all stages exchange at once: outputs with the next stage, and the last stage's tokens with all.
+    """
+    stages, stage = layout.pp_size, layout.pp_rank
+    for pool in pools:
+        pool.plan()
+    received: list[Tensor] = []
+    tick = 0
+    while any(pool.coming for pool in pools):
+        number = _pool_at(pools, tick - stage)
+        outputs: list[Tensor] = []
+        drawn: Tensor | None = None
+        if number is not None:
+            coming = pools[number].coming
+            assert coming is not None
+            outputs = [
+                stage_pass(generator, number, coming, layout, received[i] if received else None)
+                for i, generator in enumerate(generators)
+            ]
+            if layout.is_last_stage and coming.drawn:
+                drawn = torch.stack(draw(generators, outputs, coming, layout, sampling, noise(coming)))
+        last = _pool_at(pools, tick - (stages - 1))
+        if stages > 1:
+            following = None if layout.is_first_stage else _pool_at(pools, tick + 1 - stage)
+            shapes = []
+            if following is not None:
+                coming = pools[following].coming
+                assert coming is not None
+                count = padded_count(coming, generators)
+                shapes = [(count, 1, generator.model.config.hidden_size) for generator in generators]
+            expected = 0 if last is None else len(pools[last].coming.responses)  # type: ignore[union-attr]
+            received, drawn = _exchange(outputs, drawn, shapes, expected, generators, layout)
+        if last is not None:
+            tokens, log_probs = ([], []) if drawn is None else drawn.tolist()
+            yield from pools[last].take([int(token) for token in tokens], log_probs)
+            pools[last].plan()
+        tick += 1
+
+
+def _pool_at(pools: Sequence[Pool], turn: int) -> int | None:
+    """Number of the pool whose pass some stage works on in its `turn`, if there is one."""
+    number = turn % len(pools)
+    return number if turn >= 0 and pools[number].coming is not None else None
+
+
+def _exchange(
+    outputs: Sequence[Tensor],
+    drawn: Tensor | None,
+    shapes: Sequence[tuple[int, int, int]],
+    count: int,
+    generators: Sequence[Generator],
+    layout: Layout,
+) -> tuple[list[Tensor], Tensor | None]:
+    """What a tick sends: outputs to the next stage, what was drawn (float64 [2, M]) to all.
+
+    Args:
+        shapes: of what comes from the stage before.
+        count: M of what was drawn in this tick; 0: nothing was.
+    """
+    group, device = layout.groups.pp, layout.device
+    ranks, last = dist.get_process_group_ranks(group), layout.pp_size - 1
+    received = [
+        torch.empty(shape, dtype=generator.model.config.pipeline_dtype, device=device)
+        for shape, generator in zip(shapes, generators, strict=bool(shapes))
     ]
-
-
-def token_noise(
-    prompts: Prompts, sample_index: Sequence[int], rows: Sequence[int], sampling: Sampling, device: torch.device
-) -> Tensor:
-    """float64 [b, T]: the uniform number behind each token."""
-
-    def column(values: Sequence[int]) -> Tensor:
-        return torch.tensor([values[row] for row in rows], dtype=torch.int64, device=device)[:, None]
-
-    steps = torch.arange(sampling.max_response_length, device=device)
-    return uniform(sampling.seed, column(prompts.ids), column(sample_index), column(prompts.visits), steps)
-
-
-def row_multiple(model: CausalLM) -> int:
-    """What the number of rows generated together must be a multiple of."""
-    return _FP8_ROWS if model.config.fp8 else 1
-
-
-def rows_to_keep(finished: Tensor, multiple: int) -> Tensor:
-    """bool [b]: the unfinished rows, and as many finished ones as fill them up to a multiple."""
-    keep = ~finished
-    fillers = torch.nonzero(finished).flatten()[: int(-keep.sum() % multiple)]
-    keep[fillers] = True
-    return keep
-
-
-def prefill(
-    model: CausalLM, cache: KVCache, prompts: Sequence[Sequence[int]], lengths: Tensor, layout: Layout
-) -> Tensor:
-    """Fill the cache with the prompts. [b, H] output of this stage at each prompt's last token."""
-    width = max(len(prompt) for prompt in prompts)
-    tokens = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=layout.device)
-    positions = torch.arange(width, device=layout.device).expand_as(tokens)
-    cache.start(width)
-    hidden = stage_pass(model, tokens, positions, layout)
-    return hidden[lengths - 1, torch.arange(len(prompts), device=layout.device)]
-
-
-def stage_pass(model: CausalLM, tokens: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-    """This stage's share of a forward pass over [b, S] tokens: receive, compute, send on. [S, b, H]."""
-    stages = dist.get_process_group_ranks(layout.groups.pp) if layout.pp_size > 1 else []
-    if not layout.is_first_stage:
-        shape = (tokens.shape[1], tokens.shape[0], model.config.hidden_size)
-        received = torch.empty(shape, dtype=model.config.pipeline_dtype, device=layout.device)
-        dist.recv(received, src=stages[layout.pp_rank - 1], group=layout.groups.pp)
-        model.set_input_tensor([received])
-    hidden = model(tokens, positions)
+    operations = [dist.P2POp(dist.irecv, hidden, ranks[layout.pp_rank - 1], group) for hidden in received]
     if not layout.is_last_stage:
-        dist.send(hidden.contiguous(), dst=stages[layout.pp_rank + 1], group=layout.groups.pp)
-    return hidden
+        operations += [dist.P2POp(dist.isend, hidden, ranks[layout.pp_rank + 1], group) for hidden in outputs]
+        if count:
+            drawn = torch.empty(2, count, dtype=torch.float64, device=device)
+            operations.append(dist.P2POp(dist.irecv, drawn, ranks[last], group))
+    elif drawn is not None:
+        operations += [dist.P2POp(dist.isend, drawn, rank, group) for rank in ranks[:last]]
+    if operations:
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    return received, drawn
 
 
-def next_tokens(model: CausalLM, hidden: Tensor, uniforms: Tensor, layout: Layout, sampling: Sampling) -> Tensor:
-    """int64 [b]: drawn on the last stage from its [b, H] final hidden states, then sent to all stages."""
-    if layout.is_last_stage:
-        head = model.head_weight()
-        tokens = sample_tokens(
-            (hidden @ head.t()).float(),
-            uniforms,
-            vocab_size=sampling.vocab_size,
-            shard_start=layout.tp_rank * head.shape[0],
-            group=layout.groups.tp,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
+def padded_count(coming: Pass, generators: Sequence[Generator]) -> int:
+    """T with fillers."""
+    multiple = max(token_multiple(generator.model) for generator in generators)
+    return -(-len(coming.tokens) // multiple) * multiple
+
+
+def stage_pass(generator: Generator, pool: int, coming: Pass, layout: Layout, received: Tensor | None = None) -> Tensor:
+    """This stage's share of a pass of a pool, [T, 1, H]. received: the output of the stage before."""
+    model, cache = generator.model, generator.caches[pool]
+    fillers = -len(coming.tokens) % token_multiple(model)
+    cache.expect(coming.decoding, coming.segments, fillers)
+    tokens = torch.tensor(coming.tokens + [0] * fillers, dtype=torch.int64).to(layout.device)
+    with cache.attached():
+        if generator.layers is not None:
+            return lean_forward(model, generator.layers, tokens, cache.positions, received)
+        if received is not None:
+            model.set_input_tensor([received])
+        output: Tensor = model(tokens[None], cache.positions[None]).contiguous()
+    return output
+
+
+def draw(
+    generators: Sequence[Generator],
+    outputs: Sequence[Tensor],
+    coming: Pass,
+    layout: Layout,
+    sampling: Sampling,
+    uniforms: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The tokens that follow in a pass and their log-probabilities under the first model, each float64 [M].
+
+    outputs: [T, 1, H] final hidden states of each model, on the last stage. uniforms: float64 [M].
+    """
+    places = torch.tensor(coming.drawn, dtype=torch.int64).to(layout.device)
+    heads = [generator.model.head_weight() for generator in generators]
+    logits = [
+        product(output[places, 0], head).to(torch.float32, memory_format=torch.contiguous_format)
+        for output, head in zip(outputs, heads, strict=True)
+    ]
+    rows = heads[0].shape[0]
+    start = layout.tp_rank * rows
+    forbidden = None
+    early = [len(response.tokens) < sampling.min_response_length for response in coming.responses]
+    if any(early):
+        eos = torch.tensor(sampling.eos_ids, dtype=torch.int64, device=layout.device)
+        ids = torch.arange(start, start + rows, device=layout.device)
+        forbidden = torch.isin(ids, eos) & torch.tensor(early, device=layout.device)[:, None]
+    shards: dict[str, Any] = {
+        "vocab_size": sampling.vocab_size, "shard_start": start, "group": layout.groups.tp
+    }  # fmt: skip
+    settings: dict[str, Any] = {
+        "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p, "forbidden": forbidden
+    }  # fmt: skip
+    temperature = sampling.temperature
+    if len(generators) == 1:
+        tokens, log_probs = sample_tokens(logits[0], uniforms, temperature=temperature, **shards, **settings)
     else:
-        tokens = torch.empty(hidden.shape[0], dtype=torch.int64, device=layout.device)
-    if layout.pp_size > 1:
-        dist.broadcast(tokens, src=layout.last_stage_rank, group=layout.groups.pp)
-    return tokens
+        mixed = mixture(logits, [generator.share for generator in generators], temperature=temperature, **shards)
+        tokens, _ = sample_tokens(mixed, uniforms, temperature=float(temperature > 0), **shards, **settings)
+        log_probs = token_log_probs(logits[0], tokens, **shards)
+    return tokens.double(), log_probs.double()

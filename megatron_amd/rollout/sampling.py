@@ -10,9 +10,13 @@ Shapes: b rows, V_local vocabulary entries on this rank, V over all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_amd.objectives.vocab_parallel import LocalTargets, local_max
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's constants, as signed 64-bit integers
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -70,15 +74,18 @@ def sample_tokens(
     vocab_size: int,
     shard_start: int,
     group: dist.ProcessGroup | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-) -> Tensor:
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    forbidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Draw one token per row from logits split over a tensor-parallel group. Collective over `group`.
 
-    Probabilities are formed in float32 and summed in float64. Of the entries from `vocab_size` on, none is ever drawn.
-    Order of the settings: temperature, top-k, top-p. Entries that tie with the last one kept are kept too, so that
-    the result cannot depend on an order among equals: top-k compares logits, top-p float32 probabilities.
+    Probabilities are formed in float32, summed in blocks of 256 and then in float64. Of the entries from `vocab_size`
+    on, none is ever drawn. Order of the settings: temperature, top-k, top-p, min-p. Entries that tie with the last one
+    kept are kept too, so that the result cannot depend on an order among equals: top-k compares logits, the others
+    float32 probabilities.
 
     Args:
         logits: float32 [b, V_local].
@@ -89,30 +96,82 @@ def sample_tokens(
         temperature: divides the logits; 0 takes the likeliest token, the lowest id among equals.
         top_k: draw among the k likeliest; 0: all.
         top_p: draw among the fewest likeliest entries whose probabilities reach p; 1: all.
+        min_p: draw among entries at least this many times as likely as the likeliest; 0: all.
+        forbidden: bool [b, V_local], True for entries that must not be drawn.
 
     Returns:
-        int64 [b], the same on every rank.
+        The tokens, int64 [b], and their log-probabilities under the plain softmax of the logits over the real
+        vocabulary, float32 [b]: at temperature 1, with nothing cut off or forbidden. Both the same on every rank.
     """
     if group is not None and group.size() == 1:
         group = None
-    real = vocab_size - shard_start
-    if real < logits.shape[1]:
-        logits = logits.clone()
-        logits[:, max(real, 0) :] = float("-inf")
-    peak = _reduce(logits.amax(dim=1), dist.ReduceOp.MAX, group)
+    centered = _center(logits, vocab_size, shard_start, group)
+    if temperature == 1 and not top_k and top_p == 1 and not min_p and forbidden is None:
+        tokens, weight, total = _invert_cdf(centered.exp_(), uniforms, vocab_size, shard_start, group)
+        return tokens, (weight.log() - total.log()).float()
+    choices = centered
+    if forbidden is not None:
+        choices = _center(logits.masked_fill(forbidden, -torch.inf), vocab_size, shard_start, group)
     if temperature == 0:
-        return _lowest_id(logits == peak[:, None], vocab_size, shard_start, group)
-    if top_k > 0:
-        logits = _keep_top_k(logits, top_k, group)
-    # In place on a copy: exp((logits - peak) / temperature).
-    weights = (logits - peak[:, None]).div_(temperature).exp_()
-    if top_p < 1:
-        weights = _keep_top_p(weights, top_p, group)
-    return _invert_cdf(weights, uniforms, vocab_size, shard_start, group)
+        tokens = _lowest_id(choices == 0, vocab_size, shard_start, group)
+    else:
+        if top_k > 0:
+            choices = _keep_top_k(choices, top_k, group)
+        weights = (choices / temperature).exp_()
+        if top_p < 1:
+            weights = _keep_top_p(weights, top_p, group)
+        if min_p > 0:
+            weights = weights.masked_fill(weights < min_p, 0.0)  # the likeliest weighs 1
+        tokens, _, _ = _invert_cdf(weights, uniforms, vocab_size, shard_start, group)
+    return tokens, _log_probs(centered, tokens, shard_start, group)
+
+
+def mixture(
+    logits: Sequence[Tensor],
+    shares: Sequence[float],
+    *,
+    vocab_size: int,
+    shard_start: int,
+    group: dist.ProcessGroup | None,
+    temperature: float,
+) -> Tensor:
+    """ln sum_i share_i softmax(logits_i / temperature) over the real vocabulary, float32 [b, V_local].
+
+    The arguments are those of `sample_tokens`, with temperature 0 taken for 1.
+    """
+    mixed = torch.zeros_like(logits[0])
+    for own, share in zip(logits, shares, strict=True):
+        weights = (_center(own, vocab_size, shard_start, group) / (temperature or 1.0)).exp_()
+        total = _reduce(weights.sum(1, dtype=torch.float64), dist.ReduceOp.SUM, group)
+        mixed.addcmul_(weights, (share / total).float()[:, None])
+    return mixed.log_()
+
+
+def token_log_probs(
+    logits: Tensor, tokens: Tensor, *, vocab_size: int, shard_start: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """What `sample_tokens` returns of given tokens [b], float32 [b]."""
+    return _log_probs(_center(logits, vocab_size, shard_start, group), tokens, shard_start, group)
+
+
+def _log_probs(centered: Tensor, tokens: Tensor, shard_start: int, group: dist.ProcessGroup | None) -> Tensor:
+    total = centered.exp().sum(1, dtype=torch.float64)
+    own = LocalTargets.of(tokens, shard_start, centered.shape[1]).take(centered)
+    own, total = _reduce(torch.stack([own.double(), total]), dist.ReduceOp.SUM, group)
+    return (own - total.log()).float()
+
+
+def _center(logits: Tensor, vocab_size: int, shard_start: int, group: dist.ProcessGroup | None) -> Tensor:
+    """A copy less each row's largest, padding -inf."""
+    real = max(vocab_size - shard_start, 0)
+    peak = _reduce(local_max(logits[:, :real]), dist.ReduceOp.MAX, group)
+    centered = logits - peak[:, None]
+    centered[:, real:] = -torch.inf
+    return centered
 
 
 def _reduce(values: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:
-    if group is not None:
+    if group is not None and group.size() > 1:
         dist.all_reduce(values, op=op, group=group)
     return values
 
@@ -167,23 +226,30 @@ def _keep_top_p(weights: Tensor, top_p: float, group: dist.ProcessGroup | None) 
 
 def _invert_cdf(
     weights: Tensor, uniforms: Tensor, vocab_size: int, shard_start: int, group: dist.ProcessGroup | None
-) -> Tensor:
-    """The id whose stretch of the cumulated weights [b, V_local] holds `uniforms` times their total."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The id whose stretch of the cumulated weights [b, V_local] holds `uniforms` times their total.
+
+    Also that id's weight and the total, float64 [b].
+    """
     rows, size = weights.shape
     blocks = -(-size // _BLOCK)
     if size % _BLOCK:
         weights = torch.nn.functional.pad(weights, (0, blocks * _BLOCK - size))
     weights = weights.view(rows, blocks, _BLOCK)
-    block_sums = weights.sum(dim=2, dtype=torch.float64)
+    block_sums = weights.sum(dim=2).double()
     shard_ends = _gather(block_sums.sum(dim=1, keepdim=True), group).cumsum(dim=1)
     shard, rest = _find(shard_ends, uniforms * shard_ends[:, -1])
     block, rest = _find(block_sums.cumsum(dim=1), rest)
     inside = weights[torch.arange(rows, device=weights.device), block].double()
     entry, _ = _find(inside.cumsum(dim=1), rest)
+    weight = inside.gather(1, entry[:, None])[:, 0]
     ids = (block * _BLOCK + entry + shard_start).clamp(max=vocab_size - 1)
     if group is None:
-        return ids
-    return _reduce(torch.where(shard == group.rank(), ids, 0), dist.ReduceOp.MAX, group)
+        return ids, weight, shard_ends[:, -1]
+    # In one exchange, as float64, which holds every id.
+    found = torch.where(shard == group.rank(), torch.stack([ids.double(), weight]), 0.0)
+    ids, weight = _reduce(found, dist.ReduceOp.SUM, group)
+    return ids.long(), weight, shard_ends[:, -1]
 
 
 def _find(ends: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ def respond(
     players: Players, model: torch.nn.Module, prompts: Prompts, eos_ids: tuple[int, ...], stream: str, **sampling: Any
 ) -> Rollouts:
     """Responses of one of the models, with the noise of a stream; `sampling` goes to `generate`."""
+    rollout = players.config.rollout
     return generate(
         model,
         prompts,
@@ -39,7 +40,9 @@ def respond(
         vocab_size=players.vocabulary.size,
         eos_ids=eos_ids,
         seed=noise_seed(players.config.run.seed, stream),
-        batch_size=players.config.rollout.batch_size,
+        batch_size=rollout.batch_size,
+        pass_tokens=rollout.pass_tokens,
+        cache_tokens=rollout.cache_tokens,
         **sampling,
     )
 
@@ -57,6 +60,8 @@ def student_responses(players: Players, prompts: Prompts, eos_ids: tuple[int, ..
         temperature=r.temperature,
         top_k=r.top_k,
         top_p=r.top_p,
+        min_p=r.min_p,
+        min_response_length=r.min_response_length,
         samples_per_prompt=r.samples_per_prompt,
     )
 

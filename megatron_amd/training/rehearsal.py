@@ -20,13 +20,24 @@ from megatron_amd.batch import Batch, MicroBatch
 from megatron_amd.config import Config
 from megatron_amd.distributed.fake import LiveBytes
 from megatron_amd.distributed.layout import Layout
-from megatron_amd.models.attention import kv_cache
 from megatron_amd.models.critic import HeadCritic, TrunkCritic
 from megatron_amd.models.gpt import CausalLM
+from megatron_amd.models.kv_cache import Segment, kv_cache
+from megatron_amd.models.lean import lean_layers
 from megatron_amd.models.roles import ModelPlan, build_critic, build_model
 from megatron_amd.objectives.fused_head import critic_loss, head_statistics, student_loss
 from megatron_amd.objectives.vocab_parallel import Vocabulary
-from megatron_amd.rollout.generate import Sampling, generation_mode, next_tokens, prefill
+from megatron_amd.rollout.generate import (
+    Generator,
+    Sampling,
+    draw,
+    generation_mode,
+    padded_count,
+    pool_sizes,
+    stage_pass,
+    token_multiple,
+)
+from megatron_amd.rollout.pool import Pass, Response
 from megatron_amd.training.collect import padded_width
 from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
 from megatron_amd.training.players import Players
@@ -217,18 +228,34 @@ class _Stage:
         return max(found, key=lambda part: sum(part.values()))
 
     def _play_generation(self, model: CausalLM, rows: int, length: int) -> dict[str, int]:
-        width = self.config.data.max_prompt_length
+        """A pass full of prompts, and one in which every row decodes at its end."""
+        rollout, width = self.config.rollout, self.config.data.max_prompt_length
         sampling = Sampling(
-            vocab_size=self.players.vocabulary.size, eos_ids=(0,), seed=0, max_response_length=length, temperature=1.0,
-            top_k=0, top_p=1.0,
+            vocab_size=self.players.vocabulary.size, eos_ids=(0,), seed=0, max_response_length=length
         )  # fmt: skip
-        lengths = torch.full((rows,), width, dtype=torch.int64, device=self.layout.device)
-        noise = torch.full((rows,), 0.5, dtype=torch.float64, device=self.layout.device)
-        with LiveBytes() as live, generation_mode(model), kv_cache(model, rows, width + length) as cache:
-            hidden = prefill(model, cache, [[0] * width] * rows, lengths, self.layout)
-            next_tokens(model, hidden, noise, self.layout, sampling)
-            cached = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
-        return {"key-value cache": cached, "activations": live.peak - cached}
+        [size, *_] = pool_sizes(rows, width + length, self.layout.pp_size, rows, rollout.cache_tokens)
+        responses = [Response(row, [0] * width, length) for row in range(size)]
+        pieces = [Segment(row, 0, width) for row in range(max(1, min(size, rollout.pass_tokens // width)))]
+        ends = [(row, width + length - 1) for row in range(size)]
+        passes = (
+            Pass([0] * width * len(pieces), [], pieces, list(range(len(pieces))), responses[: len(pieces)]),
+            Pass([0] * size, ends, [], list(range(size)), responses),
+        )
+        with LiveBytes() as live, generation_mode(model):
+            cache = kv_cache(model, size + int(token_multiple(model) > 1), width + length, self.layout.device)
+            generator = Generator(model, 1.0, [cache], lean_layers(model))
+            for coming in passes:
+                noise = torch.full((len(coming.responses),), 0.5, dtype=torch.float64, device=self.layout.device)
+                received = None
+                if not self.layout.is_first_stage:
+                    count = padded_count(coming, [generator])
+                    shape = (count, 1, model.config.hidden_size)
+                    received = torch.zeros(shape, dtype=model.config.params_dtype, device=self.layout.device)
+                hidden = stage_pass(generator, 0, coming, self.layout, received)
+                if self.layout.is_last_stage:
+                    draw([generator], [hidden], coming, self.layout, sampling, noise)
+            cached = sum(layer.buffer.nbytes for layer in cache.layers if layer.buffer is not None)
+        return {"key-value cache": cached * self.layout.pp_size, "activations": live.peak - cached}
 
     def _synthetic_batch(self) -> Batch:
         """One micro-batch of the longest sequences; on the last stage with both models' states."""
@@ -296,6 +323,7 @@ class _Stage:
                 scores=batch.weights[0],
                 vocabulary=self.players.vocabulary,
                 options=self.players.head_options,
+                with_statistics=name not in ("amm", "sft"),
             )
             return value
 
@@ -334,8 +362,9 @@ class _Stage:
         model.set_input_tensor([hidden.requires_grad_(requires_grad)])
 
     def _play_measuring(self) -> dict[str, int]:
-        """A forward pass of the teacher, then both models' statistics."""
-        batch = self._synthetic_batch()
+        """A forward pass of the teacher, then both models' statistics, with the critic's if there is one."""
+        batch, critic = self._synthetic_batch(), self.players.critic
+        own = self._states_of(critic) if isinstance(critic, TrunkCritic) else None
         with LiveBytes() as live, torch.no_grad():
             self._receive(self.players.teacher, batch.microbatches[0])
             self.players.teacher(batch.microbatches[0].tokens)
@@ -345,7 +374,7 @@ class _Stage:
                 head_statistics(
                     self.players.student_head(batch.student_states[0]),
                     self.players.teacher_head(batch, 0),
-                    None,
+                    None if critic is None else self.players.critic_head(batch, 0, own[0] if own else None),
                     batch.microbatches[0].targets,
                     self.players.vocabulary,
                     self.players.head_options,

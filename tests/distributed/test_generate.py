@@ -14,8 +14,9 @@ from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import Layout, build_layout
 from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import Architecture
-from megatron_amd.models.attention import CoreAttention, kv_cache
+from megatron_amd.models.attention import CoreAttention
 from megatron_amd.models.gpt import CausalLM, build_gpt, initialize_weights, transformer_config
+from megatron_amd.models.lean import lean_layers
 from megatron_amd.rollout.generate import generate
 from megatron_amd.rollout.sampling import sample_tokens, uniform
 from tests.distributed.runner import run_distributed
@@ -31,22 +32,28 @@ GPT2 = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": VOCAB, "n_embd": 32, "n_layer": 4,
     "n_head": 4, "n_positions": 64, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
 }  # fmt: skip
+QWEN2 = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": VOCAB, "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}  # fmt: skip
 PROMPTS = Prompts(
-    ids=(10, 11, 12, 13),
-    visits=(0, 0, 1, 0),
-    tokens=((20, 21, 22), (30,), (40, 41, 42, 43, 44, 45, 46), (50, 51)),
+    ids=(10, 11, 12, 13, 7, 8),
+    visits=(0, 0, 1, 0, 2, 0),
+    tokens=((20, 21, 22), (30,), (40, 41, 42, 43, 44, 45, 46), (50, 51), tuple(range(60, 80)), (5,)),
 )
 SAMPLES, LONGEST, SEED = 2, 12, 99
 
 
 def make_model(
     hf_config: dict[str, Any] = LLAMA, *, tp: int = 1, pp: int = 1, sequence_parallel: bool = False,
-    precision: str = "fp32",
+    precision: str = "fp32", layout: Layout | None = None,
 ) -> tuple[CausalLM, Layout]:  # fmt: skip
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, sequence_parallel=sequence_parallel
     )
-    layout = build_layout(parallel, torch.device("cpu"))
+    layout = layout or build_layout(parallel, torch.device("cpu"))
     set_seeds(1, layout)
     architecture = Architecture.from_hf(hf_config, "test")
     config = transformer_config(
@@ -69,115 +76,157 @@ def share(prompts: Prompts, rank: int, ranks: int) -> Prompts:
 
 
 def responses_by_prompt(hf_config: dict[str, Any], tp: int, pp: int, sequence_parallel: bool, **settings: Any):
-    """{prompt id: its responses} of this replica."""
+    """{prompt id: its responses and their log-probabilities} of this replica."""
     model, layout = make_model(hf_config, tp=tp, pp=pp, sequence_parallel=sequence_parallel)
     flags = {
         name: module.sequence_parallel for name, module in model.named_modules() if hasattr(module, "sequence_parallel")
     }
     prompts = share(PROMPTS, layout.dp_rank, layout.dp_size)
-    responses = run_generate(model, layout, prompts, **settings).responses()
+    rollouts = run_generate(model, layout, prompts, **settings)
+    assert rollouts.log_probs is not None
+    log_probs = [row[: len(r)] for row, r in zip(rollouts.log_probs.tolist(), rollouts.responses(), strict=True)]
+    found = list(zip(rollouts.responses(), log_probs, strict=True))
     assert model.config.sequence_parallel == sequence_parallel
     assert flags == {name: module.sequence_parallel for name, module in model.named_modules() if name in flags}
     assert all(module.training for module in model.modules())
     assert all(module.cache is None for module in model.modules() if isinstance(module, CoreAttention))
-    return {prompt: responses[i * SAMPLES : (i + 1) * SAMPLES] for i, prompt in enumerate(prompts.ids)}
+    return {prompt: found[i * SAMPLES : (i + 1) * SAMPLES] for i, prompt in enumerate(prompts.ids)}
 
 
-def full_forward_loop(hf_config: dict[str, Any]) -> dict[int, list[list[int]]]:
+def full_forward_loop(hf_config: dict[str, Any]) -> dict[int, list[tuple[list[int], list[float]]]]:
     """One row at a time, the whole sequence anew for each token: what `generate` must equal."""
     model, _ = make_model(hf_config)
-    responses: dict[int, list[list[int]]] = {}
+    responses: dict[int, list[tuple[list[int], list[float]]]] = {}
     for prompt_id, visit, prompt in zip(PROMPTS.ids, PROMPTS.visits, PROMPTS.tokens, strict=True):
         responses[prompt_id] = []
         for sample in range(SAMPLES):
-            sequence = list(prompt)
+            sequence, log_probs = list(prompt), []
             while len(sequence) < len(prompt) + LONGEST and sequence[-1] not in EOS:
                 with torch.no_grad():
                     logits = model(torch.tensor([sequence]))[-1] @ model.head_weight().t()
                 noise = uniform(
                     SEED, *(torch.tensor([x]) for x in (prompt_id, sample, visit, len(sequence) - len(prompt)))
                 )
-                token = sample_tokens(
-                    logits, noise, vocab_size=VOCAB, shard_start=0, group=None, temperature=1.0, top_k=0, top_p=1.0
-                )
+                token, _ = sample_tokens(logits, noise, vocab_size=VOCAB, shard_start=0, group=None)
                 sequence.append(int(token))
-            responses[prompt_id].append(sequence[len(prompt) :])
+                log_probs.append(float(logits[0, :VOCAB].double().log_softmax(0)[token]))
+            responses[prompt_id].append((sequence[len(prompt) :], log_probs))
     return responses
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
-def expected(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[int, list[list[int]]]]:
-    hf_config = {"llama": LLAMA, "gpt2": GPT2}[request.param]
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
+def expected(request: pytest.FixtureRequest) -> tuple[dict[str, Any], dict[int, list[tuple[list[int], list[float]]]]]:
+    hf_config = {"llama": LLAMA, "qwen2": QWEN2, "gpt2": GPT2}[request.param]
     (responses,) = run_distributed(full_forward_loop, 1, hf_config)
     return hf_config, responses
 
 
 def test_the_case_is_not_trivial(expected):
-    lengths = [len(r) for responses in expected[1].values() for r in responses]
-    ended = [r[-1] in EOS for responses in expected[1].values() for r in responses]
-    assert len(set(lengths)) > 2
-    assert any(ended)
-    assert len({token for responses in expected[1].values() for r in responses for token in r}) > 10
+    responses = [tokens for found in expected[1].values() for tokens, _ in found]
+    assert len(set(map(len, responses))) > 2
+    assert any(tokens[-1] in EOS for tokens in responses)
+    assert len({token for tokens in responses for token in tokens}) > 10
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("pool", [1, 3, 16])
 @pytest.mark.parametrize(
-    ("tp", "pp", "dp", "sequence_parallel", "batch_size"),
+    ("tp", "pp", "dp", "sequence_parallel"),
     [
-        (1, 1, 1, False, None), (1, 1, 1, False, 3), (1, 1, 1, False, 1), (2, 1, 1, False, None), (1, 2, 1, False, 3),
-        (1, 1, 2, False, None), (2, 2, 1, False, None), (2, 1, 1, True, 3), (2, 2, 1, True, None), (1, 2, 2, False, 2),
+        (1, 1, 1, False), (2, 1, 1, False), (1, 2, 1, False), (1, 1, 2, False), (2, 2, 1, False), (2, 2, 1, True),
+        (1, 2, 2, False), (1, 4, 1, False),
     ],
 )  # fmt: skip
-def test_layouts_and_batch_splits(expected, tp, pp, dp, sequence_parallel, batch_size):
+def test_layouts_and_pools(expected, tp, pp, dp, sequence_parallel, pool):
+    """Whatever the layout and the pool: a loop's tokens, and its log-probabilities within 1e-5."""
     hf_config, responses = expected
+    pass_tokens = {1: 5, 3: 8, 16: 1024}[pool]  # prompts in pieces of 4 or 5, or all at once
 
     def work():
-        return responses_by_prompt(hf_config, tp, pp, sequence_parallel, batch_size=batch_size)
+        return responses_by_prompt(hf_config, tp, pp, sequence_parallel, batch_size=pool, pass_tokens=pass_tokens)
 
     results = run_distributed(work, tp * pp * dp)
-    merged: dict[int, list[list[int]]] = {}
+    merged: dict[int, list[tuple[list[int], list[float]]]] = {}
     for result in results:
         for prompt_id, found in result.items():
             assert merged.setdefault(prompt_id, found) == found, "ranks of a replica disagree"
-    assert merged == responses
+    assert merged.keys() == responses.keys()
+    for prompt_id, wanted in responses.items():
+        for (tokens, log_probs), (wanted_tokens, wanted_log_probs) in zip(merged[prompt_id], wanted, strict=True):
+            assert tokens == wanted_tokens
+            assert log_probs == pytest.approx(wanted_log_probs, abs=1e-5)
 
 
-def logprob_difference() -> float:
-    """Largest difference between log-probabilities of sampled tokens from cached decoding and from one full forward."""
+@pytest.mark.distributed
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
+def test_through_the_modules(expected, tp, pp):
+    """As where layers cannot go the lean way: Megatron-Core's own modules on the same passes."""
+    hf_config, responses = expected
+
+    def work():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("megatron_amd.rollout.generate.lean_layers", lambda _model: None)
+            return responses_by_prompt(hf_config, tp, pp, False, batch_size=3, pass_tokens=8)
+
+    for found in run_distributed(work, tp * pp):
+        assert {prompt: [tokens for tokens, _ in rows] for prompt, rows in found.items()} == {
+            prompt: [tokens for tokens, _ in rows] for prompt, rows in responses.items()
+        }
+
+
+def what_goes_the_lean_way() -> None:
+    model, _ = make_model()
+    layers = lean_layers(model)
+    assert layers is not None
+    assert len(layers) == 4
+    for name, value in (
+        ("fp8", "hybrid"), ("fp32_residual_connection", True), ("activation_func_clamp_value", 7.0),
+        ("rotary_interleaved", True), ("layernorm_zero_centered_gamma", True),
+    ):  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.config, name, value)
+            assert lean_layers(model) is None, name
+    model.decoder.layers[2].self_attention.q_layernorm = torch.nn.RMSNorm(8)
+    assert lean_layers(model) is None
+
+
+def test_what_goes_the_lean_way():
+    run_distributed(what_goes_the_lean_way, 1)
+
+
+def logprob_difference(**settings: Any) -> float:
+    """Largest difference between the log-probabilities of a rollout and those of the trainer's forward on it, relative
+    to those below -1."""
     model, layout = make_model()
-    rollouts = run_generate(model, layout)
+    rollouts = run_generate(model, layout, **settings)
     with torch.no_grad():
         logits = model(rollouts.tokens).transpose(0, 1) @ model.head_weight().t()
-        full = logits[..., :VOCAB].log_softmax(dim=-1)
-        differences = []
-        width = int(rollouts.prompt_lengths.max())
-        with kv_cache(model.eval(), len(rollouts), rollouts.tokens.shape[1]) as cache:
-            cache.start(width)
-            hidden = model(rollouts.tokens[:, :width])
-            rows = torch.arange(len(rollouts))
-            current = hidden[rollouts.prompt_lengths - 1, rows]
-            for step in range(rollouts.tokens.shape[1] - width):
-                cached = (current @ model.head_weight().t())[:, :VOCAB].log_softmax(dim=-1)
-                columns = rollouts.prompt_lengths + step
-                alive = columns < rollouts.lengths
-                targets = rollouts.tokens[rows, columns.clamp(max=rollouts.tokens.shape[1] - 1)]
-                difference = cached[rows, targets] - full[rows, columns - 1, targets]
-                differences.append(float(difference[alive].abs().max()) if alive.any() else 0.0)
-                cache.step(columns[:, None], width + step + 1)
-                current = model(targets[:, None], columns[:, None])[0]
-    assert len(differences) > 5
+    full = logits[..., :VOCAB].double().log_softmax(dim=-1)
+    assert rollouts.log_probs is not None
+    differences = []
+    for row, response in enumerate(rollouts.responses()):
+        first = int(rollouts.prompt_lengths[row])
+        states = torch.arange(first - 1, first - 1 + len(response))
+        expected = full[row, states, torch.tensor(response)]
+        difference = (rollouts.log_probs[row, : len(response)] - expected) / expected.abs().clamp(min=1)
+        differences.append(float(difference.abs().max()))
+        assert not rollouts.log_probs[row, len(response) :].any()
     return max(differences)
 
 
-def test_logprobs_equal_those_of_a_full_forward():
-    (difference,) = run_distributed(logprob_difference, 1)
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9}, {"temperature": 0.0}, {"min_response_length": 4}]
+)
+def test_log_probs_equal_those_of_a_full_forward(settings: dict[str, Any]):
+    """Under the model itself: at temperature 1, with nothing cut off, whatever the tokens were drawn from."""
+    (difference,) = run_distributed(lambda: logprob_difference(**settings), 1)
     assert difference < 1e-5
 
 
 def wrapped_and_greedy() -> None:
     model, layout = make_model()
     modes = []
-    hook = model.decoder.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    hook = model.embedding.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     bare = run_generate(model, layout, temperature=0.0)
     hook.remove()
     assert modes
@@ -197,23 +246,140 @@ def wrapped_and_greedy() -> None:
     assert len(run_generate(model, layout, Prompts((), (), ()))) == 0
 
 
-def row_multiples() -> None:
-    """As FP8 needs them: filler rows and rows kept after their end change nothing."""
+def token_multiples() -> None:
+    """As FP8 needs them: fillers change nothing."""
     model, layout = make_model()
     expected = run_generate(model, layout).responses()
     sizes = []
-    hook = model.decoder.register_forward_hook(lambda _module, _args, output: sizes.append(output.shape[1]))
+    hook = model.embedding.register_forward_hook(lambda _module, _args, output: sizes.append(output.shape[0]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_amd.rollout.generate.row_multiple", lambda _model: 3)
+        patch.setattr("megatron_amd.rollout.generate.token_multiple", lambda _model: 3)
         assert run_generate(model, layout).responses() == expected
     hook.remove()
-    assert sizes[0] == 9
     assert len(set(sizes)) > 1
     assert not any(size % 3 for size in sizes)
 
 
-def test_row_multiples():
-    run_distributed(row_multiples, 1)
+def test_token_multiples():
+    run_distributed(token_multiples, 1)
+
+
+def settings_of_length() -> None:
+    model, layout = make_model()
+    plain = run_generate(model, layout)
+    assert (plain.lengths - plain.prompt_lengths).min() < 4
+    late = run_generate(model, layout, min_response_length=4)
+    assert (late.lengths - late.prompt_lengths).min() >= 4
+    for response in late.responses():
+        assert not set(response[:3]) & set(EOS)
+    one = run_generate(model, layout, max_response_length=1)
+    assert [r[:1] for r in plain.responses()] == one.responses()
+    stopped = run_generate(model, layout, is_complete=lambda tokens: len(tokens) == 3)
+    assert [r[:3] for r in plain.responses()] == stopped.responses()
+    edge = Prompts((3,), (0,), (tuple(range(20, 20 + 64 - LONGEST)),))  # to the last of the model's positions
+    assert run_generate(model, layout, edge, eos_ids=()).lengths.tolist() == [64, 64]
+
+
+def test_lengths():
+    run_distributed(settings_of_length, 1)
+
+
+def mixed() -> None:
+    """Half of each token's distribution from another model; a share of 0 or 1 is one model alone."""
+    model, layout = make_model()
+    other, _ = make_model(QWEN2, layout=layout)
+    initialize_weights(other, seed="another")
+    alone, of_other = run_generate(model, layout), run_generate(other, layout)
+    assert alone.responses() != of_other.responses()
+    assert run_generate(model, layout, mixed_with=(other, 0.0)).responses() == alone.responses()
+    only_other = run_generate(model, layout, mixed_with=(other, 1.0))
+    assert only_other.responses() == of_other.responses()
+    half = run_generate(model, layout, mixed_with=(other, 0.5), batch_size=3)
+    with torch.no_grad():
+        for rollouts in (half, only_other):  # log-probabilities stay those of the first model
+            logits = model(rollouts.tokens).transpose(0, 1) @ model.head_weight().t()
+            full = logits[..., :VOCAB].log_softmax(dim=-1)
+            for row, response in enumerate(rollouts.responses()):
+                states = torch.arange(len(response)) + rollouts.prompt_lengths[row] - 1
+                expected = full[row, states, torch.tensor(response)]
+                torch.testing.assert_close(rollouts.log_probs[row, : len(response)], expected, rtol=0, atol=1e-5)
+    # The first tokens are draws from the mean of both distributions.
+    prompt, count = Prompts((3,), (0,), ((20, 21),)), 4000
+    first = run_generate(
+        model, layout, prompt, samples_per_prompt=count, max_response_length=1, mixed_with=(other, 0.5)
+    )
+    with torch.no_grad():
+        both = [m(torch.tensor([[20, 21]]))[-1, 0] @ m.head_weight()[:VOCAB].t() for m in (model, other)]
+    mean = torch.stack([logits.double().softmax(0) for logits in both]).mean(0)
+    counts = torch.bincount(first.tokens[:, 2], minlength=VOCAB).double()
+    common = mean * count > 5
+    statistic = float(((counts - mean * count) ** 2 / (mean * count))[common].sum())
+    freedom = int(common.sum())
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_mixture_of_two_models():
+    run_distributed(mixed, 1)
+
+
+@pytest.mark.distributed
+def test_mixture_under_tensor_and_pipeline_parallelism():
+    def work(tp: int, pp: int) -> list[list[int]]:
+        model, layout = make_model(tp=tp, pp=pp)
+        other, _ = make_model(QWEN2, tp=tp, pp=pp, layout=layout)
+        return run_generate(model, layout, mixed_with=(other, 0.3), batch_size=5).responses()
+
+    (expected,) = run_distributed(lambda: work(1, 1), 1)
+    assert run_distributed(lambda: work(2, 2), 4) == [expected] * 4
+
+
+def bounded_memory() -> None:
+    """500 prompts of wildly different lengths in a pool of 8: no row nor byte more than the budget allows."""
+    model, layout = make_model()
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 52, (500,), generator=generator).tolist()
+    prompts = Prompts(tuple(range(500)), (0,) * 500, tuple((20 + i % 60,) * n for i, n in enumerate(lengths)))
+    largest, passes, in_work = 0, [], []
+    attend = CoreAttention.attend_cached
+
+    def look(module: CoreAttention, query: torch.Tensor, *others: Any) -> torch.Tensor:
+        nonlocal largest
+        found = attend(module, query, *others)
+        assert module.cache is not None
+        assert module.cache.buffer is not None
+        if module.layer_number == 1:
+            largest = max(largest, module.cache.buffer.shape[1] * module.cache.buffer.shape[3])
+            passes.append(len(query))
+            in_work.append(module.cache.owner.decoding)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CoreAttention, "attend_cached", look)
+        rollouts = run_generate(
+            model, layout, prompts, samples_per_prompt=1, batch_size=8, cache_tokens=6 * 64, pass_tokens=40
+        )
+    assert len(rollouts) == 500
+    assert largest <= 6 * 64
+    assert max(passes) <= 40
+    assert max(in_work) == 6
+    tokens = int((rollouts.lengths - 1).sum())
+    assert sum(passes) == tokens, "each token goes through the model once, and no padding does"
+    with pytest.raises(InputError, match=r"rollout.cache_tokens=60 has no room"):
+        run_generate(model, layout, prompts, cache_tokens=60)
+
+
+def test_memory_is_bounded():
+    run_distributed(bounded_memory, 1)
+
+
+@pytest.mark.distributed
+def test_a_replica_without_prompts_does_not_wait():
+    def work() -> int:
+        model, layout = make_model(pp=2)
+        prompts = PROMPTS if layout.dp_rank == 0 else Prompts((), (), ())
+        return len(run_generate(model, layout, prompts))
+
+    assert sorted(run_distributed(work, 4, timeout=60)) == [0, 0, 12, 12]
 
 
 def test_settings():

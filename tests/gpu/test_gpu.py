@@ -117,13 +117,17 @@ def prompts() -> list[list[int]]:
 
 def log_probs(model: Any, layout: Any) -> torch.Tensor:
     """[prompts, vocabulary] in fp32 on the CPU, by the passes of a rollout."""
-    from megatron_amd.models.attention import kv_cache
-    from megatron_amd.rollout.generate import generation_mode, prefill
+    from megatron_amd.models.kv_cache import Segment, kv_cache
+    from megatron_amd.rollout.generate import Generator, generation_mode, stage_pass
+    from megatron_amd.rollout.pool import Pass
 
     rows = prompts()
-    lengths = torch.tensor([len(row) for row in rows], device=layout.device)
-    with generation_mode(model), kv_cache(model, len(rows), 32) as cache:
-        hidden = prefill(model, cache, rows, lengths, layout)
+    segments = [Segment(number, 0, len(row)) for number, row in enumerate(rows)]
+    coming = Pass([token for row in rows for token in row], [], segments, [], [])
+    last = torch.tensor([len(row) for row in rows], device=layout.device).cumsum(0) - 1
+    with generation_mode(model):
+        generator = Generator(model, 1.0, [kv_cache(model, len(rows) + 1, 32, layout.device)])
+        hidden = stage_pass(generator, 0, coming, layout)[last, 0]
         return (hidden @ model.head_weight().t()).float().log_softmax(dim=-1).cpu()
 
 

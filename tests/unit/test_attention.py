@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_amd.errors import InputError
-from megatron_amd.models.attention import CoreAttention, kv_cache
+from megatron_amd.models.attention import CoreAttention
+from megatron_amd.models.kv_cache import Segment, kv_cache
 
 # isort: split
 from megatron.core.transformer.enums import AttnMaskType
@@ -124,52 +125,47 @@ def test_unsupported_kinds_are_refused(fields):
         make_attention(**fields)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
-def test_decoding_equals_full_forward(heads, groups):
-    """Prompts of 4, 1 and 3 tokens, then tokens one by one at each row's own position; a row is dropped midway."""
-    lengths, total = torch.tensor([4, 1, 3]), 7
+def test_flat_passes_equal_full_forward(heads, groups, with_bias):
+    """Rows of different lengths, read in pieces beside rows that decode, out of order; then a row takes another's
+    place, and a new sequence the place that became free."""
+    total = 7
     attention = make_attention(heads, groups).eval()
     query, key, value = (tensor.detach() for tensor in make_inputs(total, total, 3, heads, groups))
-    expected = literal_attention(query, key, value, lower_triangle(total))
-    rows = torch.arange(3)
+    bias = torch.randn(1, heads, total, total, dtype=torch.float64) if with_bias else None
+    expected = literal_attention(query, key, value, lower_triangle(total), bias)
+    cache = kv_cache(attention, 3, total, torch.device("cpu"))
+    sequences = {0: 0, 1: 1, 2: 2}  # row of the cache -> sequence
 
-    def one_token(tensor, rows, positions):
-        return tensor[positions, rows].unsqueeze(0)
+    def check(decoding, segments):
+        tokens = [(sequences[row], position) for row, position in decoding]
+        tokens += [(sequences[row], start + i) for row, start, count in segments for i in range(count)]
+        numbers, positions = (torch.tensor(column) for column in zip(*tokens, strict=True))
+        cache.expect(decoding, [Segment(*segment) for segment in segments])
+        flat = [tensor[positions, numbers].unsqueeze(1) for tensor in (query, key, value)]
+        flat_bias = None if bias is None else bias[:, :, positions]
+        with cache.attached():
+            output = attention(*flat, None, attention_bias=flat_bias)
+        torch.testing.assert_close(output[:, 0], expected[positions, numbers], rtol=1e-12, atol=1e-12)
 
-    with kv_cache(attention, 3, total) as cache:
-        cache.start(4)
-        prompt = [torch.full_like(tensor[:4], 1e3) for tensor in (query, key, value)]  # padding must not be seen
-        for row, length in enumerate(lengths.tolist()):
-            for padded, tensor in zip(prompt, (query, key, value), strict=True):
-                padded[:length, row] = tensor[:length, row]
-        output = attention(*prompt, None)
-        for row, length in enumerate(lengths.tolist()):
-            torch.testing.assert_close(output[:length, row], expected[:length, row], rtol=1e-12, atol=1e-12)
-        for step in range(3):
-            if step == 1:  # row 0 ends; the last row takes its place
-                order = cache.keep(torch.tensor([False, True, True]))
-                assert order.tolist() == [2, 1]
-                rows = rows[order]
-            positions = lengths[rows] + step
-            cache.step(positions[:, None], 4 + step + 1)
-            output = attention(*(one_token(tensor, rows, positions) for tensor in (query, key, value)), None)
-            torch.testing.assert_close(output[0], expected[positions, rows], rtol=1e-12, atol=1e-12)
-
-
-def test_several_tokens_at_once_after_the_prompt():
-    attention = make_attention(4, 2).eval()
-    query, key, value = (tensor.detach() for tensor in make_inputs(6, 6, 2, 4, 2))
-    expected = literal_attention(query, key, value, lower_triangle(6))
-    with kv_cache(attention, 2, 6) as cache:
-        cache.start(3)
-        attention(query[:3], key[:3], value[:3], None)
-        cache.step(torch.arange(3, 6).expand(2, 3), 6)
-        output = attention(query[3:], key[3:], value[3:], None)
-    torch.testing.assert_close(output, expected[3:], rtol=1e-12, atol=1e-12)
+    check([], [(0, 0, 3), (1, 0, 1), (2, 0, 2)])
+    check([(1, 1)], [(2, 2, 2), (0, 3, 1)])
+    check([(0, 4), (2, 4)], [])
+    check([(2, 5), (0, 5), (1, 2)], [])
+    check([(0, 6), (1, 3), (2, 6)], [])
+    cache.move(1, 0)
+    sequences[0] = 1
+    check([(0, 4)], [])
+    sequences[1] = 0
+    check([(0, 5)], [(1, 0, 5)])
+    assert attention.cache is None
 
 
 def test_cache_is_taken_off_after_an_error():
     attention = make_attention()
-    with pytest.raises(RuntimeError), kv_cache(attention, 1, 4):
-        attention(*make_inputs(9, 9, 1, 4, 4), None)  # nothing was announced
+    cache = kv_cache(attention, 1, 4, torch.device("cpu"))
+    cache.expect([], [Segment(0, 0, 9)])
+    with pytest.raises(IndexError), cache.attached():
+        attention(*make_inputs(9, 9, 1, 4, 4), None)
     assert attention.cache is None

@@ -5,20 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_amd.rollout.sampling import sample_tokens, uniform
+from megatron_amd.rollout.sampling import mixture, sample_tokens, token_log_probs, uniform
 
 
-def draw(logits, uniforms, *, vocab_size=None, temperature=1.0, top_k=0, top_p=1.0):
-    return sample_tokens(
-        logits,
-        uniforms,
-        vocab_size=vocab_size or logits.shape[1],
-        shard_start=0,
-        group=None,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-    )
+def draw(logits, uniforms, *, vocab_size=None, **settings):
+    vocab_size = vocab_size or logits.shape[1]
+    tokens, log_probs = sample_tokens(logits, uniforms, vocab_size=vocab_size, shard_start=0, group=None, **settings)
+    plain = logits[:, :vocab_size].double().log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(log_probs.double(), plain, rtol=1e-6, atol=1e-6, equal_nan=True)
+    return tokens
 
 
 def even(count):
@@ -152,6 +147,46 @@ def test_top_p(p, scale):
     kept = kept_by_top_p(probabilities, p)
     expected = probabilities.masked_fill(~kept, 0.0)
     assert_draws(expected / expected.sum(), logits, top_p=p)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.2, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_min_p(p, temperature):
+    logits = some_logits(300)
+    probabilities = (logits.double() / temperature).softmax(dim=0)
+    kept = probabilities >= p * probabilities.max()
+    assert 1 <= kept.sum() < 300
+    assert_draws(probabilities * kept / probabilities[kept].sum(), logits, min_p=p, temperature=temperature)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": 5}, {"min_p": 0.5}, {"top_p": 0.5}])
+def test_forbidden_ids_are_never_drawn(settings):
+    """Cuts are made among what is left."""
+    logits = some_logits(300)
+    forbidden = torch.zeros(1, 300, dtype=torch.bool)
+    forbidden[0, logits.argsort(descending=True)[:40]] = True
+    uniforms = even(500)
+    found = draw(logits.expand(500, -1), uniforms, forbidden=forbidden.expand(500, -1), **settings)
+    assert not forbidden[0, found].any()
+    left = logits.masked_fill(forbidden[0], -torch.inf)
+    expected, _ = sample_tokens(left.expand(500, -1), uniforms, vocab_size=300, shard_start=0, group=None, **settings)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_mixture(temperature):
+    first, second = some_logits(300), some_logits(300, seed=1)
+    shares = [0.3, 0.7]
+    expected = sum(
+        share * (logits[:250].double() / temperature).softmax(dim=0)
+        for share, logits in zip(shares, (first, second), strict=True)
+    )
+    where = {"vocab_size": 250, "shard_start": 0, "group": None}
+    found = mixture([first[None], second[None]], shares, temperature=temperature, **where)
+    torch.testing.assert_close(found[0, :250].double().exp(), expected, rtol=1e-5, atol=1e-9)
+    assert torch.isinf(found[0, 250:]).all()
+    log_probs = token_log_probs(first.expand(3, -1), torch.tensor([0, 100, 249]), **where)
+    torch.testing.assert_close(log_probs, first[:250].log_softmax(0)[[0, 100, 249]])
 
 
 def test_top_k_comes_before_top_p():

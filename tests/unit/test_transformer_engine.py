@@ -17,7 +17,8 @@ from megatron_amd.models.architecture import Architecture
 from megatron_amd.models.gpt import transformer_config
 from megatron_amd.models.layer_specs import choose_implementation, fp8_multiple
 from megatron_amd.models.roles import plan_models
-from megatron_amd.rollout.generate import rows_to_keep
+from megatron_amd.rollout.generate import Generator, padded_count
+from megatron_amd.rollout.pool import Pass
 from megatron_amd.training.collect import padded_width
 from tests.e2e.launch import ROOT, environment
 from tests.tiny_run import save_model
@@ -80,12 +81,11 @@ def test_rollouts_in_fp8_have_token_counts_that_its_products_take(facts: dict[st
     assert all(count % 32 == 0 for count in facts["rollouts"]["tokens"])
 
 
-def test_finished_rows_stay_as_fillers_in_fp8() -> None:
-    finished = torch.arange(96) < 40  # 56 rows go on
-    assert int(rows_to_keep(finished, 1).sum()) == 56
-    kept = rows_to_keep(finished, 32)
-    assert int(kept.sum()) == 64
-    assert bool(kept[40:].all())
+def test_passes_in_fp8_are_filled_up() -> None:
+    fp8, bf16 = (Generator(types.SimpleNamespace(config=types.SimpleNamespace(fp8=x)), 1.0, []) for x in ("e4m3", None))
+    coming = Pass([5] * 40, [], [], [], [])
+    assert padded_count(coming, [fp8]) == padded_count(coming, [bf16, fp8]) == 64
+    assert padded_count(coming, [bf16]) == 40
 
 
 @pytest.fixture

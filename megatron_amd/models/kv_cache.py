@@ -1,0 +1,130 @@
+"""Keys and values of a generation, for rows of different lengths that come and go.
+
+A generation runs the model on flat passes: T tokens of any rows one behind the other, no padding between them. First
+come single tokens, one each of the rows that are decoding, then segments of the prompts that are being read. Column j
+of a row always holds position j, so that a row's result does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Segment(NamedTuple):
+    """Neighbouring tokens of one row in a pass."""
+
+    row: int
+    start: int
+    """Position of the first."""
+    length: int
+
+
+class _Attention(Protocol):
+    cache: LayerCache | None
+
+
+class LayerCache:
+    """Keys and values of one layer, in one buffer [2, rows, ng, max_length, hn]."""
+
+    def __init__(self, owner: KVCache) -> None:
+        self.owner = owner
+        """What the coming pass holds is announced there."""
+        self.buffer: Tensor | None = None
+
+    def store(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the keys and values [T, ng, 2, hn] of a pass in their places.
+
+        Returns:
+            Everybody's keys and values, each [rows, ng, max_length, hn].
+        """
+        owner = self.owner
+        if self.buffer is None:
+            # Zeros: what a row has not written yet is masked, and a mask does not survive a NaN.
+            self.buffer = pairs.new_zeros(2, owner.rows, pairs.shape[1], owner.max_length, pairs.shape[3])
+        # Two index tensors around a slice put their own dimension first: [T, 2, ng, hn].
+        self.buffer[:, owner.row_index, :, owner.positions] = pairs.transpose(1, 2)
+        keys, values = self.buffer
+        return keys, values
+
+
+class KVCache:
+    """Keys and values of every layer of a model stage. Before each pass, `expect` says which tokens it holds."""
+
+    def __init__(self, attentions: Sequence[_Attention], rows: int, max_length: int, device: torch.device) -> None:
+        self.rows = rows
+        self.max_length = max_length
+        """Positions of a row there is room for."""
+        self.device = device
+        self.layers = [LayerCache(self) for _ in attentions]
+        self._attentions = attentions
+        self.positions = self.row_index = torch.empty(0, dtype=torch.int64)
+        """int64 [T] of the coming pass."""
+        self.decoding = 0
+        """Rows that decode in the coming pass: one token each, the first of the T."""
+        self.segments: tuple[Segment, ...] = ()
+        """What follows them."""
+        self.span = 0
+        """Columns that hold all positions of the rows that decode."""
+        self.first_rows = 0
+        """Rows 0 to first_rows - 1 hold all that decode."""
+        self.in_order = True
+        """The rows that decode are the first ones, in order."""
+        self._bias: Tensor | None = None
+
+    def expect(self, decoding: Sequence[tuple[int, int]], segments: Sequence[Segment], fillers: int = 0) -> None:
+        """Announce the coming pass.
+
+        Args:
+            decoding: (row, position) of each row's one token.
+            segments: of other rows, in the order of their tokens.
+            fillers: tokens at the end that mean nothing; they are stored in the last row.
+        """
+        rows, positions = [row for row, _ in decoding], [position for _, position in decoding]
+        self.decoding, self.segments, self._bias = len(rows), tuple(segments), None
+        self.span = max(positions, default=-1) + 1
+        self.first_rows = max(rows, default=-1) + 1
+        self.in_order = rows == list(range(len(rows)))
+        for row, start, length in segments:
+            rows += [row] * length
+            positions += range(start, start + length)
+        rows += [self.rows - 1] * fillers
+        positions += [self.max_length - 1] * fillers
+        self.row_index, self.positions = torch.tensor([rows, positions], dtype=torch.int64).to(self.device)
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """[first_rows, 1, 1, span]: 0 at a decoding row's past and itself, -inf beyond. The same for every layer."""
+        if self._bias is None or self._bias.dtype != dtype:
+            # Rows that do not decode see column 0, so that nothing is NaN.
+            last = self.positions.new_zeros(self.first_rows)
+            last[self.row_index[: self.decoding]] = self.positions[: self.decoding]
+            future = torch.arange(self.span, device=self.device) > last[:, None]
+            self._bias = torch.zeros(future.shape, dtype=dtype, device=self.device).masked_fill_(future, -torch.inf)
+        return self._bias[:, None, None]
+
+    def move(self, source: int, target: int) -> None:
+        """Copy one row over another."""
+        for layer in self.layers:
+            if layer.buffer is not None:
+                layer.buffer[:, target] = layer.buffer[:, source]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The model's attention works on this cache."""
+        for attention, layer in zip(self._attentions, self.layers, strict=True):
+            attention.cache = layer
+        try:
+            yield
+        finally:
+            for attention in self._attentions:
+                attention.cache = None
+
+
+def kv_cache(model: nn.Module, rows: int, max_length: int, device: torch.device) -> KVCache:
+    """A cache for `rows` sequences of at most `max_length` tokens in every attention of `model` that takes one."""
+    attentions = [module for module in model.modules() if hasattr(module, "cache") and not isinstance(module, KVCache)]
+    return KVCache(attentions, rows, max_length, device)  # type: ignore[arg-type]

@@ -1,0 +1,182 @@
+"""The forward pass of a stage without gradients, on the weights where they are, for passes of few tokens.
+
+A token's way through Megatron-Core's local layers takes longer in Python and in small operations than in its matrix
+products: autograd functions around every product, angles made anew in every layer. Generation takes this way instead.
+It is the same arithmetic (tests/distributed/test_generate.py holds it against the modules), reads the modules' own
+parameters and copies nothing. Layers of Transformer Engine, and settings that change what a layer computes, keep the
+modules: `lean_layers` says which stages can go this way.
+
+Shapes: T tokens of a flat pass (kv_cache.py), H hidden size, np query heads and ng key-value heads on this rank, hn
+numbers a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_amd import distributed  # noqa: F401  (before megatron.core: prepares torch and keeps imports quiet)
+
+# isort: split
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_amd.models.attention import CoreAttention
+from megatron_amd.models.gpt import CausalLM
+
+_PLAIN: dict[str, Any] = {
+    "fp8": None, "fp4": None, "fp32_residual_connection": False, "apply_residual_connection_post_layernorm": False,
+    "layernorm_zero_centered_gamma": False, "activation_func_clamp_value": None, "glu_linear_offset": 0.0,
+    "rotary_interleaved": False, "multi_latent_attention": False, "attention_output_gate": False, "qk_clip": False,
+    "use_te_activation_func": False, "no_rope_freq": None, "num_moe_experts": None, "enable_hyper_connections": False,
+    "experimental_attention_variant": None, "cpu_offloading": False,
+}  # fmt: skip
+"""Fields of TransformerConfig that change what a layer computes, and their values here."""
+_WIDE_ROWS = 2**13
+"""Rows of a weight from which, on a CPU, fp32 products with 6 to 15 tokens are slower than with 16, and a transposed
+result costs more than its product gains."""
+
+
+class LeanLayer:
+    """One transformer layer: its parameters as they are now, without the modules around them."""
+
+    def __init__(self, layer: TransformerLayer) -> None:
+        attention, mlp, config = layer.self_attention, layer.mlp, layer.config
+        self.core: CoreAttention = attention.core_attention
+        self.groups: int = attention.num_query_groups_per_partition
+        self.head_width: int = config.kv_channels
+        self.norms = (_Norm(layer.input_layernorm), _Norm(layer.pre_mlp_layernorm))
+        self.qkv, self.proj = _Linear(attention.linear_qkv), _Linear(attention.linear_proj)
+        self.fc1, self.fc2 = _Linear(mlp.linear_fc1), _Linear(mlp.linear_fc2)
+        self.gated: bool = config.gated_linear_unit
+        self.activation: Callable[[Tensor], Tensor] = config.activation_func
+        tp_group: dist.ProcessGroup = attention.pg_collection.tp
+        self.group = tp_group if tp_group.size() > 1 else None
+
+    def forward(self, hidden: Tensor, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[T, H] -> [T, H]. angles: cosines and sines [T, 1, 1, hn], the sines of the first half negative."""
+        # In each group the queries of its heads, one key, one value.
+        mixed = self.qkv(self.norms[0](hidden)).reshape(hidden.shape[0], self.groups, -1, self.head_width)
+        if angles is not None:
+            turning = mixed[:, :, :-1]
+            swapped = turning.roll(self.head_width // 2, -1)
+            turning.mul_(angles[0]).addcmul_(swapped, angles[1])
+        context = self.core.attend_cached(mixed[:, :, :-2], mixed[:, :, -2:])
+        hidden = self._add(hidden, context, self.proj)
+        between = self.fc1(self.norms[1](hidden))
+        if self.gated:
+            gate, up = between.chunk(2, dim=-1)
+            between = self.activation(gate).mul_(up)
+        else:
+            between = self.activation(between)
+        return self._add(hidden, between, self.fc2)
+
+    def _add(self, hidden: Tensor, inputs: Tensor, linear: _Linear) -> Tensor:
+        """hidden plus the product with a weight whose columns are split over the group."""
+        if self.group is None and linear.bias is None:
+            return product(inputs, linear.weight, hidden)
+        output = product(inputs, linear.weight)
+        if self.group is not None:
+            output = output.contiguous()
+            dist.all_reduce(output, group=self.group)
+        return hidden + (output if linear.bias is None else output + linear.bias)
+
+
+class _Linear:
+    """Weight and bias of a linear module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weight: Tensor = module.weight  # type: ignore[assignment]
+        self.bias: Tensor | None = module.bias  # type: ignore[assignment]
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        output = product(inputs, self.weight)
+        return output if self.bias is None else output.add_(self.bias)
+
+
+class _Norm:
+    """A norm module, RMSNorm without what calling a module costs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.settings: tuple[Any, ...] | None = None
+        if type(module) is nn.RMSNorm:
+            self.settings = (list(module.normalized_shape), module.weight, module.eps)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        if self.settings is None:
+            return self.module(inputs)  # type: ignore[no-any-return]
+        return torch.rms_norm(inputs, *self.settings)
+
+
+def lean_layers(model: CausalLM) -> list[LeanLayer] | None:
+    """The stage's layers for `lean_forward`; None where only the modules will do."""
+    config = model.config
+    if any(getattr(config, name, plain) != plain for name, plain in _PLAIN.items()):
+        return None
+    layers: Sequence[TransformerLayer] = model.decoder.layers
+    return [LeanLayer(layer) for layer in layers] if all(map(_is_plain, layers)) else None
+
+
+def _is_plain(layer: TransformerLayer) -> bool:
+    """A local layer of self-attention and a dense feed-forward network, without norms of queries or keys."""
+    attention = layer.self_attention
+    return (
+        isinstance(layer.cross_attention, IdentityOp)
+        and isinstance(attention.core_attention, CoreAttention)
+        and type(layer.mlp) is MLP
+        and all(norm is None or isinstance(norm, IdentityOp) for norm in (attention.q_layernorm, attention.k_layernorm))
+        and type(attention.linear_qkv).__module__.startswith("megatron.core.tensor_parallel")
+        and attention.config.num_query_groups % attention.pg_collection.tp.size() == 0
+    )
+
+
+def lean_forward(
+    model: CausalLM, layers: Sequence[LeanLayer], tokens: Tensor, positions: Tensor, received: Tensor | None
+) -> Tensor:
+    """What `model` computes of a flat pass whose cache is attached.
+
+    Args:
+        tokens: int64 [T].
+        positions: int64 [T].
+        received: [T, 1, H] of the stage before; None on the first.
+
+    Returns:
+        [T, 1, H], on the last stage after the final norm.
+    """
+    hidden = (model.embedding(tokens[None], positions[None]) if received is None else received)[:, 0]
+    angles = model.rotary_angles(positions[None])
+    turned = None
+    if angles is not None:  # [T, 1, 1, hn]
+        cosines, sines = angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+        sines[..., : sines.shape[-1] // 2].neg_()
+        turned = (cosines, sines)
+    for layer in layers:
+        hidden = layer.forward(hidden, turned)
+    if model.post_process:
+        hidden = model.decoder.final_layernorm(hidden)
+    return hidden.unsqueeze(1)
+
+
+def product(inputs: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+    """inputs [T, K] times weight [N, K] transposed, plus `added` [T, N]: on a CPU the way that few tokens are fastest.
+
+    The result may be a transposed view.
+    """
+    count, wide = inputs.shape[0], weight.shape[0] >= _WIDE_ROWS
+    on_cpu = inputs.device.type == "cpu"
+    if on_cpu and inputs.dtype == torch.bfloat16 and (count <= 16 if wide else count <= 64):
+        if added is None:
+            return torch.mm(weight, inputs.t()).t()
+        return torch.addmm(added.t(), weight, inputs.t()).t()
+    if added is not None:
+        return torch.addmm(added, inputs, weight.t())
+    if on_cpu and inputs.dtype == torch.float32 and wide and 5 < count < 16:
+        return F.linear(F.pad(inputs, (0, 0, 0, 16 - count)), weight)[:count]
+    return F.linear(inputs, weight)
