@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -20,6 +21,9 @@ from megatron_amd.errors import InputError
 
 USAGE_ERROR = 2
 """Exit status for problems that the user can mend."""
+_WAIT_FOR_THE_SPEAKER = 20.0
+"""Seconds that silent ranks stay. torchrun ends all ranks when the first has left, also one that was about to speak;
+once that one has spoken and left, torchrun does not let the others wait."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # others on its node have found too.
         if _is_first("RANK") if error.on_all_ranks else _is_first("LOCAL_RANK"):
             print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_WAIT_FOR_THE_SPEAKER)
         return USAGE_ERROR
     except BrokenPipeError:  # whoever read our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The demo's last words: the distances before and after, a few answers, and one JSON object on the last line.
+"""The demo's last words: distances before and after, seconds, a few answers, and one JSON object on the last line.
 
 python examples/demo/summary.py runs/demo/run --seconds 600
 """
@@ -31,14 +31,17 @@ def main() -> int:
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {options.run}: holds no finished run ({error}); run make demo again", file=sys.stderr)
         return 2
+    records = [json.loads(line) for line in lines]
+    peak = max(record.get("memory/total_gib") or 0.0 for record in records)
     print_table(before, after)
+    shares = print_times([record for record in records if "time/iteration" in record and record["phase"] == "main"])
     print_answers(before, after)
-    peak = max(record.get("memory/total_gib") or 0.0 for record in map(json.loads, lines))
     result = {
         "before": {name: before[name] for name in DISTANCES},
         "after": {name: after[name] for name in DISTANCES},
         "seconds": options.seconds,
         "peak_gib": round(peak, 2),
+        "rollout_share": round(shares["rollout"], 3),
     }
     print(json.dumps(result))
     return 0
@@ -50,6 +53,16 @@ def print_table(before: dict[str, Any], after: dict[str, Any]) -> None:
     for name, text in DISTANCES.items():
         change = (after[name] / before[name] - 1) * 100
         print(f"  {text:38} {before[name]:7.4f} -> {after[name]:7.4f}   {change:+6.1f} %")
+
+
+def print_times(iterations: list[dict[str, Any]]) -> dict[str, float]:
+    """Where the seconds of the main phase's iterations went, as shares."""
+    total = sum(record["time/iteration"] for record in iterations)
+    parts = ("rollout", "hidden", "critic", "student")
+    shares = {part: sum(record.get(f"time/{part}") or 0.0 for record in iterations) / total for part in parts}
+    shown = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+    print(f"\n  {total / len(iterations):.1f} s an iteration: {shown}")
+    return shares
 
 
 def print_answers(before: dict[str, Any], after: dict[str, Any]) -> None:

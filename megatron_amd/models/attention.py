@@ -167,14 +167,19 @@ class CoreAttention(MegatronModule):
             mask = mask + own.new_zeros(owner.first_rows, *own.shape[1:]).index_copy_(0, rows, own)
         if not owner.in_order:
             query = query.new_zeros(owner.first_rows, groups, per_group, width).index_copy_(0, rows, query)
+        query = query.contiguous()  # strided queries take the kernel's slow way
         # The heads of a group as positions of one head, which every kernel can do.
-        found = F.scaled_dot_product_attention(
-            query.contiguous(),  # strided queries take the kernel's slow way
-            keys[: owner.first_rows, :, : owner.span],
-            values[: owner.first_rows, :, : owner.span],
-            attn_mask=mask,
-            scale=self.softmax_scale,
-        ).flatten(1)
+        blocks = [
+            F.scaled_dot_product_attention(
+                query[block],
+                keys[block, :, :span],
+                values[block, :, :span],
+                attn_mask=mask[block, ..., :span],
+                scale=self.softmax_scale,
+            )
+            for block, span in owner.blocks
+        ]
+        found = (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).flatten(1)
         return found if owner.in_order else found[rows]
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:

@@ -14,6 +14,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+CPU_BLOCK_ROWS = 8
+"""Decoding rows that attend together on a CPU, over as many columns as the longest of them needs."""
+
 
 class Segment(NamedTuple):
     """Neighbouring tokens of one row in a pass."""
@@ -70,6 +73,8 @@ class KVCache:
         """What follows them."""
         self.span = 0
         """Columns that hold all positions of the rows that decode."""
+        self.blocks: list[tuple[slice, int]] = []
+        """Rows that attend together, and the columns they need: all rows up to the last that decodes."""
         self.first_rows = 0
         """Rows 0 to first_rows - 1 hold all that decode."""
         self.in_order = True
@@ -89,6 +94,12 @@ class KVCache:
         self.span = max(positions, default=-1) + 1
         self.first_rows = max(rows, default=-1) + 1
         self.in_order = rows == list(range(len(rows)))
+        last = dict(decoding)
+        size = CPU_BLOCK_ROWS if self.device.type == "cpu" else max(self.first_rows, 1)
+        self.blocks = []
+        for first in range(0, self.first_rows, size):
+            block = range(first, min(first + size, self.first_rows))
+            self.blocks.append((slice(block.start, block.stop), max(last.get(row, 0) for row in block) + 1))
         for row, start, length in segments:
             rows += [row] * length
             positions += range(start, start + length)

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import resource
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -416,3 +423,47 @@ def half_precision() -> None:
 @pytest.mark.distributed
 def test_half_precision():
     run_distributed(half_precision, 2)
+
+
+def many_generations() -> tuple[int, int, float]:
+    """Tensors alive after 100 and after 1,000 generations, and MiB of memory that came between."""
+    model, layout = make_model()
+    counts, resident = [], []
+    for turn in range(1000):
+        run_generate(model, layout, PROMPTS.head(2), samples_per_prompt=1, max_response_length=2, seed=turn)
+        if turn in (99, 999):
+            gc.collect()
+            counts.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+            resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
+    return counts[0], counts[1], resident[1] - resident[0]
+
+
+def test_nothing_is_left_behind():
+    ((first, last, grown),) = run_distributed(many_generations, 1)
+    assert last == first
+    assert grown < 16
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_ends_the_others():
+    """Its neighbour in a pipeline gets an error at once and does not wait for the timeout."""
+
+    def work() -> tuple[str, float]:
+        model, layout = make_model(pp=2)
+        killed_at = 0.0
+
+        def maybe_die(tokens: Sequence[int]) -> bool:
+            nonlocal killed_at
+            if len(tokens) == 3:
+                killed_at = time.monotonic()
+                if dist.get_rank() == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return False
+
+        with pytest.raises(RuntimeError) as caught:
+            run_generate(model, layout, eos_ids=(), is_complete=maybe_die)
+        return str(caught.value), time.monotonic() - killed_at
+
+    (message, seconds), _ = run_distributed(work, 2, dies=1)
+    assert "peer" in message
+    assert seconds < 20

@@ -194,8 +194,11 @@ def test_a_mistake_on_another_node_is_not_silent(
     assert main(arguments) == 2
     assert capsys.readouterr().err.startswith("error: config /none.yaml: cannot be read (No such file or directory)")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
     assert main(arguments) == 2
     assert capsys.readouterr().err == ""
+    assert waited == [pytest.approx(20)], "a rank that leaves first silences the one that speaks"
 
 
 def test_ranks_that_cannot_meet(
