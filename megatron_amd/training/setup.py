@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_amd.checkpoint.hf import check_export_folder, check_hf_weights
@@ -38,7 +38,7 @@ def set_up(config: Config, layout: Layout, warn: Callable[[str], None] = print) 
     """Check the run directory, tokenizer, models and data, then build the models and the trainer. Collective.
 
     Args:
-        warn: called on one rank with a line about skipped rows.
+        warn: called with a line about what works but may not be meant; speaks on one rank.
 
     Raises:
         InputError: on all ranks, whatever does not fit.
@@ -49,7 +49,7 @@ def set_up(config: Config, layout: Layout, warn: Callable[[str], None] = print) 
             check_export_folder(Path(config.run.directory) / "student")
         for role, model in (("student", config.student), ("teacher", config.teacher)):
             role_architecture(model, role)  # first, so that a wrong path is not taken for a missing tokenizer
-        tokenizer = _shared_tokenizer(config)
+        tokenizer = _shared_tokenizer(config, warn)
         plan = plan_models(config, tokenizer.vocab_size)
         check_megatron_settings(config, plan, layout)
         _check_weights(config, plan)
@@ -84,8 +84,11 @@ def _check_directory(config: Config) -> None:
         ) from None
 
 
-def _shared_tokenizer(config: Config) -> Tokenizer:
-    """The run's tokenizer, after checking that student and teacher agree with it on every token."""
+def _shared_tokenizer(config: Config, warn: Callable[[str], None]) -> Tokenizer:
+    """The run's tokenizer, after checking that student and teacher agree with it on every token.
+
+    Warns where one of them ends its responses otherwise.
+    """
     source = config.data.tokenizer or config.teacher.path
     if source is None:
         raise InputError("data.tokenizer: give a folder, hub name or .model file, since the teacher has no path")
@@ -93,8 +96,19 @@ def _shared_tokenizer(config: Config) -> Tokenizer:
     for path in {config.teacher.path, config.student.path} - {None, source}:
         folder = Path(str(path)).expanduser()
         if not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES):
-            check_same_vocabulary(tokenizer, load_tokenizer(str(path)))
+            own = load_tokenizer(str(path))
+            check_same_vocabulary(tokenizer, own)
+            if set(own.eos_ids) != set(tokenizer.eos_ids):
+                warn(
+                    f"{path} ends a response with {_tokens(own, own.eos_ids)}, {source} with "
+                    f"{_tokens(tokenizer, tokenizer.eos_ids)}: the run takes the latter; a model that was trained to "
+                    "end otherwise may write on to the length limit"
+                )
     return tokenizer
+
+
+def _tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return ", ".join(repr(tokenizer.token(id)) for id in ids)
 
 
 def check_megatron_settings(config: Config, plan: ModelPlan, layout: Layout) -> None:
