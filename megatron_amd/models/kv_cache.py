@@ -137,5 +137,5 @@ class KVCache:
 
 def kv_cache(model: nn.Module, rows: int, max_length: int, device: torch.device) -> KVCache:
     """A cache for `rows` sequences of at most `max_length` tokens in every attention of `model` that takes one."""
-    attentions = [module for module in model.modules() if hasattr(module, "cache") and not isinstance(module, KVCache)]
+    attentions = [module for module in model.modules() if hasattr(module, "cache")]
     return KVCache(attentions, rows, max_length, device)  # type: ignore[arg-type]
