@@ -21,6 +21,16 @@ from megatron_amd.errors import InputError
 
 USAGE_ERROR = 2
 """Exit status for problems that the user can mend."""
+LOST_RANK = 3
+"""Exit status where a process of another rank is gone or does not answer."""
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "NCCL communicator",
+)
+"""What torch.distributed says of it."""
 _WAIT_FOR_THE_SPEAKER = 20.0
 """Seconds that silent ranks stay. torchrun ends all ranks when the first has left, also one that was about to speak;
 once that one has spoken and left, torchrun does not let the others wait."""
@@ -38,11 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             time.sleep(_WAIT_FOR_THE_SPEAKER)
         return USAGE_ERROR
+    except RuntimeError as error:
+        reason = _lost_rank(error)
+        if reason is None:
+            raise
+        print(
+            f"error: rank {os.environ.get('RANK', '0')} lost another rank ({reason}): see above or in the other nodes' "
+            "output which one ended first and why; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        return LOST_RANK
     except BrokenPipeError:  # whoever read our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:  # before the first step; from then on training/signals.py handles it
         return 128 + signal.SIGINT
+
+
+def _lost_rank(error: RuntimeError) -> str | None:
+    """What is said of a rank that is gone, if the error is about one."""
+    return next((words for words in _LOST if words in str(error)), None)
 
 
 def _run(options: argparse.Namespace) -> int:

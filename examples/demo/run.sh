@@ -12,7 +12,7 @@ precision=fp32
 if grep -qw avx512_bf16 /proc/cpuinfo; then precision=bf16; fi
 
 python tools/prepare_demo.py --output "$directory/inputs"
-rm -rf "$directory/run"
+if [ -d "$directory/run/student" ]; then rm -rf "$directory/run"; fi  # a finished run; one that was stopped goes on
 torchrun --nproc-per-node 2 -m megatron_amd.train --config examples/demo/demo.yaml \
     "run.directory=$directory/run" "training.precision=$precision" \
     "teacher.path=$directory/inputs/teacher" "student.path=$directory/inputs/teacher" \

@@ -264,7 +264,7 @@ def _memory(plan: RunPlan) -> str:
 
 
 _LESS = {
-    "rollout": "Less: a smaller rollout.batch_size.",
+    "rollout": "Less: a smaller rollout.batch_size or rollout.cache_tokens.",
     "hidden pass": "Less: a smaller training.micro_batch_size or training.global_batch_size.",
     "critic step": "Less: a smaller training.micro_batch_size or training.head_chunk_tokens.",
     "student step": "Less: a smaller training.micro_batch_size, or student.transformer.recompute_granularity.",

@@ -211,3 +211,21 @@ def test_ranks_that_cannot_meet(
     line = capsys.readouterr().err
     assert line.startswith("error: parallel: the 1 ranks did not find each other (")
     assert line.count("\n") == 1
+
+
+def test_a_lost_rank_is_one_line(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a rank was killed, its neighbours say so; any other RuntimeError stays a bug with its traceback."""
+    says = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:42"
+
+    def fail(message: str) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr("megatron_amd.train._train", lambda _config: fail(says))
+    assert main(["--config", str(files / "run.yaml")]) == 3
+    assert capsys.readouterr().err.startswith("error: rank 3 lost another rank (Connection closed by peer): ")
+    monkeypatch.setattr("megatron_amd.train._train", lambda _config: fail("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["--config", str(files / "run.yaml")])

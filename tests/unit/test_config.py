@@ -4,10 +4,11 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from megatron_amd.config import Config, config_to_dict, config_to_yaml, describe_fields, load_config
+from megatron_amd.config import Config, ObjectiveName, config_to_dict, config_to_yaml, describe_fields, load_config
 from megatron_amd.errors import InputError
 
 
@@ -157,7 +158,7 @@ def test_unknown_keys_name_the_nearest(override, message):
         ("run.directory=2024", "run.directory: must be text, not 2024"),
         (
             "objective.name=AMM",
-            "objective.name: must be amm | kl | rkl | js | gjs | skew_kl | skew_rkl | tv | sft, not 'AMM'",
+            f"objective.name: must be {' | '.join(get_args(ObjectiveName))}, not 'AMM'",
         ),
         ("critic.prior=false", "critic.prior: must be none | log_ratio, not False"),
         ("student.init.layers=3", "student.init.layers: must be list of integer, not 3"),
@@ -193,6 +194,16 @@ def test_wrong_types_say_what_is_wanted(override, message):
         (["training.head_chunk_tokens=0"], "training.head_chunk_tokens: must be at least 1"),
         (["rollout.batch_size=0"], "rollout.batch_size: must be at least 1"),
         (["critic.bound=0"], "critic.bound: must be positive, not 0"),
+        (
+            ["rollout.cache_tokens=60", "data.max_prompt_length=40", "rollout.max_response_length=21"],
+            "rollout.cache_tokens: 60 positions have no room",
+        ),
+        (
+            ["rollout.min_response_length=300"],
+            "rollout.min_response_length: must not exceed rollout.max_response_length 256, but is 300",
+        ),
+        (["rollout.min_p=1.5"], "rollout.min_p: must be in [0, 1]"),
+        (["objective.skew=0.0001"], "objective.skew: must be in [0.001, 0.999]"),
         (["parallel.timeout_minutes=0"], "parallel.timeout_minutes: must be positive"),
         (["training.optim.adam_betas=[1,0.5]"], "training.optim.adam_betas: must be in [0, 1), not [1, 0.5]"),
         (["parallel.virtual_pipeline_model_parallel_size=2"], "is not supported yet"),
