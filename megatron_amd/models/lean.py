@@ -161,7 +161,7 @@ def lean_forward(
         hidden = layer.forward(hidden, turned)
     if model.post_process:
         hidden = model.decoder.final_layernorm(hidden)
-    return hidden.unsqueeze(1)
+    return hidden.unsqueeze(1).contiguous()  # which may be sent to the next stage
 
 
 def product(inputs: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
