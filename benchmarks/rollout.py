@@ -136,6 +136,7 @@ class Transformers:
         import transformers
 
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="sdpa"
