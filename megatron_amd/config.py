@@ -579,15 +579,20 @@ def _check_objective(config: Config) -> None:
         raise InputError("rollout.off_policy: data needs data.response_field or data.messages_field")
 
 
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt and response that training or evaluation may see."""
+    evaluated = config.evaluation.max_response_length if config.evaluation.prompts else 0
+    return config.data.max_prompt_length + max(config.rollout.max_response_length, evaluated)
+
+
 def _check_rollout(config: Config) -> None:
-    rollout, evaluation = config.rollout, config.evaluation
+    rollout = config.rollout
     if rollout.min_response_length > rollout.max_response_length:
         raise InputError(
             f"rollout.min_response_length: must not exceed rollout.max_response_length "
             f"{rollout.max_response_length}, but is {rollout.min_response_length}"
         )
-    response = max(rollout.max_response_length, evaluation.max_response_length if evaluation.prompts else 0)
-    longest = config.data.max_prompt_length + response
+    longest = longest_sequence(config)
     if rollout.cache_tokens is not None and rollout.cache_tokens < longest:
         raise InputError(
             f"rollout.cache_tokens: {rollout.cache_tokens} positions have no room for data.max_prompt_length and the "

@@ -101,10 +101,8 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is not None:
             raise NotImplementedError("packed sequences are not supported")
         if self.cache is not None:
-            grouped = query[:, 0].unflatten(1, (key.shape[2], -1))
-            return self.attend_cached(grouped, torch.stack([key[:, 0], value[:, 0]], dim=2), attention_bias).unsqueeze(
-                1
-            )
+            grouped, pairs = query[:, 0].unflatten(1, (key.shape[2], -1)), torch.stack([key[:, 0], value[:, 0]], dim=2)
+            return self.attend_cached(grouped, pairs, attention_bias).unsqueeze(1)
         # Heads before positions: [b, np, sq, hn] and [b, ng, sk, hn].
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         # Padding on the right is invisible to causal attention, so the two causal kinds are one.

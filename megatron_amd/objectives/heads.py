@@ -29,8 +29,6 @@ TILE_TOKENS = 128
 """A chunk of more tokens is a multiple of this many, which matrix products work in."""
 BLOCK_NUMBERS = 2**18
 """Logits in a block on a CPU: a MiB in fp32, so that the few tensors of its size that are alive fit in a cache."""
-
-
 GPU_BLOCK_NUMBERS = 2**24
 """The same on a GPU whose kernels are not compiled, which make a few tensors of a block's size; compiled ones work on
 a whole chunk."""

@@ -47,16 +47,17 @@ class Vocabulary:
 
 
 def sum_over_group(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """All-reduce in place (SUM). Empty tensors are left alone, on every rank alike."""
-    return _all_reduce(tensor, group, dist.ReduceOp.SUM)
+    """`reduce_over_group` with SUM."""
+    return reduce_over_group(tensor, group, dist.ReduceOp.SUM)
 
 
 def max_over_group(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """All-reduce in place (MAX)."""
-    return _all_reduce(tensor, group, dist.ReduceOp.MAX)
+    """`reduce_over_group` with MAX."""
+    return reduce_over_group(tensor, group, dist.ReduceOp.MAX)
 
 
-def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> Tensor:
+def reduce_over_group(tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType) -> Tensor:
+    """All-reduce in place. Empty tensors are left alone, on every rank alike."""
     if group is not None and group.size() > 1 and tensor.numel():
         dist.all_reduce(tensor, op=op, group=group)
     return tensor

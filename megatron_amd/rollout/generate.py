@@ -168,9 +168,7 @@ def generate(
         generators = []
         for generating, share in models:
             stack.enter_context(generation_mode(generating))
-            spare = int(token_multiple(generating) > 1)  # a row for fillers
-            caches = [kv_cache(generating, size + spare, width, layout.device) for size in sizes]
-            generators.append(Generator(generating, share, caches, lean_layers(generating)))
+            generators.append(make_generator(generating, share, sizes, width, layout.device))
         pools = [
             Pool(queue, size, [generator.caches[number] for generator in generators], pass_tokens, ended)
             for number, size in enumerate(sizes)
@@ -182,6 +180,13 @@ def generate(
         layout.device,
         log_probs=[response.log_probs for response in complete],
     )
+
+
+def make_generator(model: CausalLM, share: float, sizes: Sequence[int], width: int, device: torch.device) -> Generator:
+    """With a cache for each pool. sizes: rows of each pool; width: positions of a row."""
+    spare = int(token_multiple(model) > 1)  # a row for fillers
+    caches = [kv_cache(model, size + spare, width, device) for size in sizes]
+    return Generator(model, share, caches, lean_layers(model))
 
 
 def unwrap(model: nn.Module) -> CausalLM:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from megatron_amd.models.kv_cache import KVCache, Segment
 
 
-@dataclass
+@dataclass(eq=False)
 class Response:
     """A response in work."""
 
@@ -106,7 +106,7 @@ class Pool:
             response.log_probs.append(log_prob)
             if len(response.tokens) == response.most or self._ended(response):
                 complete.append(response)
-        self._working = [None if any(response is done for done in complete) else response for response in self._working]
+        self._working = [None if response in complete else response for response in self._working]
         return complete
 
     def _fill(self) -> None:

@@ -16,7 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_amd.objectives.vocab_parallel import LocalTargets, local_max
+from megatron_amd.objectives.vocab_parallel import (
+    LocalTargets,
+    local_max,
+    max_over_group,
+    reduce_over_group,
+    sum_over_group,
+)
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # splitmix64's constants, as signed 64-bit integers
 _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -142,7 +148,7 @@ def mixture(
     mixed = torch.zeros_like(logits[0])
     for own, share in zip(logits, shares, strict=True):
         weights = (_center(own, vocab_size, shard_start, group) / (temperature or 1.0)).exp_()
-        total = _reduce(weights.sum(1, dtype=torch.float64), dist.ReduceOp.SUM, group)
+        total = sum_over_group(weights.sum(1, dtype=torch.float64), group)
         mixed.addcmul_(weights, (share / total).float()[:, None])
     return mixed.log_()
 
@@ -157,23 +163,17 @@ def token_log_probs(
 def _log_probs(centered: Tensor, tokens: Tensor, shard_start: int, group: dist.ProcessGroup | None) -> Tensor:
     total = centered.exp().sum(1, dtype=torch.float64)
     own = LocalTargets.of(tokens, shard_start, centered.shape[1]).take(centered)
-    own, total = _reduce(torch.stack([own.double(), total]), dist.ReduceOp.SUM, group)
+    own, total = sum_over_group(torch.stack([own.double(), total]), group)
     return (own - total.log()).float()
 
 
 def _center(logits: Tensor, vocab_size: int, shard_start: int, group: dist.ProcessGroup | None) -> Tensor:
     """A copy less each row's largest, padding -inf."""
     real = max(vocab_size - shard_start, 0)
-    peak = _reduce(local_max(logits[:, :real]), dist.ReduceOp.MAX, group)
+    peak = max_over_group(local_max(logits[:, :real]), group)
     centered = logits - peak[:, None]
     centered[:, real:] = -torch.inf
     return centered
-
-
-def _reduce(values: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:
-    if group is not None and group.size() > 1:
-        dist.all_reduce(values, op=op, group=group)
-    return values
 
 
 def _gather(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -189,7 +189,7 @@ def _lowest_id(chosen: Tensor, vocab_size: int, shard_start: int, group: dist.Pr
     """Lowest vocabulary id at which `chosen` [b, V_local] is True on any rank."""
     first = chosen.to(torch.uint8).argmax(dim=1) + shard_start  # argmax returns the first of equal values
     ids = torch.where(chosen.any(dim=1), first, vocab_size - 1)
-    return _reduce(ids, dist.ReduceOp.MIN, group)
+    return reduce_over_group(ids, group, dist.ReduceOp.MIN)
 
 
 def _keep_top_k(logits: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
@@ -206,7 +206,7 @@ def _keep_top_p(weights: Tensor, top_p: float, group: dist.ProcessGroup | None) 
     Each rank offers its largest weights. Together they are the row's largest down to the greatest of the ranks' own
     last offers; where the share is reached above that, the answer is exact, else all offer more.
     """
-    target = top_p * _reduce(weights.sum(dim=1, dtype=torch.float64), dist.ReduceOp.SUM, group)
+    target = top_p * sum_over_group(weights.sum(dim=1, dtype=torch.float64), group)
     size, count = weights.shape[1], _CANDIDATES
     while True:
         offered = weights.topk(min(count, size), dim=1).values
@@ -217,7 +217,7 @@ def _keep_top_p(weights: Tensor, top_p: float, group: dist.ProcessGroup | None) 
         threshold = merged.gather(1, place[:, None])
         if count >= size:
             break
-        unseen = _reduce(offered[:, -1:].clone(), dist.ReduceOp.MAX, group)  # bounds every weight not offered
+        unseen = max_over_group(offered[:, -1:].clone(), group)  # bounds every weight not offered
         if bool((reached.any(dim=1, keepdim=True) & (threshold >= unseen)).all()):
             break
         count *= 8
@@ -248,7 +248,7 @@ def _invert_cdf(
         return ids, weight, shard_ends[:, -1]
     # In one exchange, as float64, which holds every id.
     found = torch.where(shard == group.rank(), torch.stack([ids.double(), weight]), 0.0)
-    ids, weight = _reduce(found, dist.ReduceOp.SUM, group)
+    ids, weight = sum_over_group(found, group)
     return ids.long(), weight, shard_ends[:, -1]
 
 

@@ -22,20 +22,18 @@ from megatron_amd.distributed.fake import LiveBytes
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.models.critic import HeadCritic, TrunkCritic
 from megatron_amd.models.gpt import CausalLM
-from megatron_amd.models.kv_cache import Segment, kv_cache
-from megatron_amd.models.lean import lean_layers
+from megatron_amd.models.kv_cache import Segment
 from megatron_amd.models.roles import ModelPlan, build_critic, build_model
 from megatron_amd.objectives.fused_head import critic_loss, head_statistics, student_loss
 from megatron_amd.objectives.vocab_parallel import Vocabulary
 from megatron_amd.rollout.generate import (
-    Generator,
     Sampling,
     draw,
     generation_mode,
+    make_generator,
     padded_count,
     pool_sizes,
     stage_pass,
-    token_multiple,
 )
 from megatron_amd.rollout.pool import Pass, Response
 from megatron_amd.training.collect import padded_width
@@ -242,8 +240,7 @@ class _Stage:
             Pass([0] * size, ends, [], list(range(size)), responses),
         )
         with LiveBytes() as live, generation_mode(model):
-            cache = kv_cache(model, size + int(token_multiple(model) > 1), width + length, self.layout.device)
-            generator = Generator(model, 1.0, [cache], lean_layers(model))
+            generator = make_generator(model, 1.0, [size], width + length, self.layout.device)
             for coming in passes:
                 noise = torch.full((len(coming.responses),), 0.5, dtype=torch.float64, device=self.layout.device)
                 received = None
@@ -254,6 +251,7 @@ class _Stage:
                 hidden = stage_pass(generator, 0, coming, self.layout, received)
                 if self.layout.is_last_stage:
                     draw([generator], [hidden], coming, self.layout, sampling, noise)
+            [cache] = generator.caches
             cached = sum(layer.buffer.nbytes for layer in cache.layers if layer.buffer is not None)
         return {"key-value cache": cached * self.layout.pp_size, "activations": live.peak - cached}
 
