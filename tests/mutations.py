@@ -206,6 +206,21 @@ FAULTS = (
         SHARDS,
     ),
     Fault(
+        "the last rank's random state not restored",
+        "training/trainer.py",
+        '            _restore_random_states(rank_state["rng"])',
+        "            if dist.get_rank() != dist.get_world_size() - 1:\n"
+        '                _restore_random_states(rank_state["rng"])',
+        ("tests/distributed/test_trainer.py",),
+    ),
+    Fault(
+        "all-reduce of a generating layer dropped",
+        "models/lean.py",
+        "            dist.all_reduce(output, group=self.group)",
+        "            pass",
+        ("tests/distributed/test_generate.py",),
+    ),
+    Fault(
         "head gradient of its first rows alone",
         "objectives/head_gradient.py",
         "for first in range(0, head.weight.shape[0], PRODUCT_ROWS):",

@@ -315,3 +315,28 @@ def test_the_main_phase_starts_with_fresh_moments(files: Any, tmp_path: Path) ->
     assert shares["warmup", 1] > 0.95
     assert shares["main", 1] > 0.95
     assert all(shares[place] < 0.5 for place in (("warmup", 2), ("warmup", 3), ("main", 2)))
+
+
+def test_each_rank_gets_its_random_state_back(files: Any, tmp_path: Path) -> None:
+    """Nothing in a run draws from torch's generators today; what comes to draw must find them where they were."""
+    folder, settings = files
+    overrides = (f"run.directory={tmp_path / 'run'}", "training.steps=1", "checkpoint.export=false")
+    config = write_config(folder, settings, *overrides, "evaluation.prompts=0")
+
+    def save_and_resume() -> tuple[list[int], list[int], list[int]]:
+        layout = build_layout(config.parallel, torch.device("cpu"))
+        set_seeds(config.run.seed, layout)
+        trainer, _ = set_up(config, layout)
+        torch.manual_seed(100 + layout.dp_rank)
+        saved = torch.get_rng_state().tolist()
+        trainer.train()
+        torch.manual_seed(5)
+        other = torch.get_rng_state().tolist()
+        set_up(config, layout)
+        return saved, other, torch.get_rng_state().tolist()
+
+    results = run_distributed(save_and_resume, 2)
+    for saved, other, resumed in results:
+        assert saved != other
+        assert resumed == saved
+    assert results[0][0] != results[1][0]
