@@ -14,8 +14,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-CPU_BLOCK_ROWS = 8
+_BLOCK_ROWS = 8
 """Decoding rows that attend together on a CPU, over as many columns as the longest of them needs."""
+_CALL_POSITIONS = 128
+"""Positions to look at in vain that cost a CPU as much as another call: neighbouring blocks that add fewer are one."""
 
 
 class Segment(NamedTuple):
@@ -95,17 +97,27 @@ class KVCache:
         self.first_rows = max(rows, default=-1) + 1
         self.in_order = rows == list(range(len(rows)))
         last = dict(decoding)
-        size = CPU_BLOCK_ROWS if self.device.type == "cpu" else max(self.first_rows, 1)
+        size = _BLOCK_ROWS if self.device.type == "cpu" else max(self.first_rows, 1)
         self.blocks = []
         for first in range(0, self.first_rows, size):
-            block = range(first, min(first + size, self.first_rows))
-            self.blocks.append((slice(block.start, block.stop), max(last.get(row, 0) for row in block) + 1))
+            block = slice(first, min(first + size, self.first_rows))
+            self._add_block(block, max(last.get(row, 0) for row in range(block.start, block.stop)) + 1)
         for row, start, length in segments:
             rows += [row] * length
             positions += range(start, start + length)
         rows += [self.rows - 1] * fillers
         positions += [self.max_length - 1] * fillers
         self.row_index, self.positions = torch.tensor([rows, positions], dtype=torch.int64).to(self.device)
+
+    def _add_block(self, block: slice, span: int) -> None:
+        if self.blocks:
+            before, span_before = self.blocks[-1]
+            widest = max(span, span_before)
+            in_vain = (before.stop - before.start) * (widest - span_before) + (block.stop - block.start) * (widest - span)
+            if in_vain < _CALL_POSITIONS:
+                self.blocks[-1] = slice(before.start, block.stop), widest
+                return
+        self.blocks.append((block, span))
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """[first_rows, 1, 1, span]: 0 at a decoding row's past and itself, -inf beyond. The same for every layer."""

@@ -25,12 +25,14 @@ from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
 from megatron_amd.models.gpt import CausalLM
 from megatron_amd.models.kv_cache import KVCache, kv_cache
-from megatron_amd.models.lean import LeanLayer, lean_forward, lean_layers, product
+from megatron_amd.models.lean import LeanLayer, Product, lean_forward, lean_layers
 from megatron_amd.rollout.pool import Pass, Pool, Response
 from megatron_amd.rollout.sampling import mixture, sample_tokens, token_log_probs, uniform
 
 _FP8_TOKENS = 32
 """FP8 matrix products want the number of tokens to be a multiple of this."""
+_PACK_FROM = 16
+"""Longest response from which packing the weights pays."""
 _SPLIT_SEQUENCE_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
@@ -63,7 +65,9 @@ class Generator:
     """Of its distribution in what is drawn from."""
     caches: list[KVCache]
     """One for each pool."""
-    layers: list[LeanLayer] | None = None
+    head: Product | None
+    """The LM head, on the last stage."""
+    layers: list[LeanLayer] | None
     """The stage's layers, where passes go through them; None: through the model."""
 
 
@@ -168,7 +172,8 @@ def generate(
         generators = []
         for generating, share in models:
             stack.enter_context(generation_mode(generating))
-            generators.append(make_generator(generating, share, sizes, width, layout.device))
+            pack = max_response_length >= _PACK_FROM
+            generators.append(make_generator(generating, share, sizes, width, layout, pack=pack))
         pools = [
             Pool(queue, size, [generator.caches[number] for generator in generators], pass_tokens, ended)
             for number, size in enumerate(sizes)
@@ -182,11 +187,14 @@ def generate(
     )
 
 
-def make_generator(model: CausalLM, share: float, sizes: Sequence[int], width: int, device: torch.device) -> Generator:
-    """With a cache for each pool. sizes: rows of each pool; width: positions of a row."""
+def make_generator(
+    model: CausalLM, share: float, sizes: Sequence[int], width: int, layout: Layout, *, pack: bool = False
+) -> Generator:
+    """With a cache for each pool. sizes: rows of each pool; width: positions of a row; pack: see `Product`."""
     spare = int(token_multiple(model) > 1)  # a row for fillers
-    caches = [kv_cache(model, size + spare, width, device) for size in sizes]
-    return Generator(model, share, caches, lean_layers(model))
+    caches = [kv_cache(model, size + spare, width, layout.device) for size in sizes]
+    head = Product(model.head_weight(), pack=pack) if layout.is_last_stage else None
+    return Generator(model, share, caches, head, lean_layers(model, pack=pack))
 
 
 def unwrap(model: nn.Module) -> CausalLM:
@@ -385,12 +393,9 @@ def draw(
     outputs: [T, 1, H] final hidden states of each model, on the last stage. uniforms: float64 [M].
     """
     places = torch.tensor(coming.drawn, dtype=torch.int64).to(layout.device)
-    heads = [generator.model.head_weight() for generator in generators]
-    logits = [
-        product(output[places, 0], head).to(torch.float32, memory_format=torch.contiguous_format)
-        for output, head in zip(outputs, heads, strict=True)
-    ]
-    rows = heads[0].shape[0]
+    heads = [generator.head for generator in generators if generator.head is not None]
+    logits = [head(output[places, 0]).float() for output, head in zip(outputs, heads, strict=True)]
+    rows = heads[0].weight.shape[0]
     start = layout.tp_rank * rows
     forbidden = None
     early = [len(response.tokens) < sampling.min_response_length for response in coming.responses]

@@ -240,7 +240,7 @@ class _Stage:
             Pass([0] * size, ends, [], list(range(size)), responses),
         )
         with LiveBytes() as live, generation_mode(model):
-            generator = make_generator(model, 1.0, [size], width + length, self.layout.device)
+            generator = make_generator(model, 1.0, [size], width + length, self.layout)
             for coming in passes:
                 noise = torch.full((len(coming.responses),), 0.5, dtype=torch.float64, device=self.layout.device)
                 received = None
