@@ -48,7 +48,7 @@ PROMPTS = Prompts(
     visits=(0, 0, 1, 0, 2, 0),
     tokens=((20, 21, 22), (30,), (40, 41, 42, 43, 44, 45, 46), (50, 51), tuple(range(60, 80)), (5,)),
 )
-SAMPLES, LONGEST, SEED = 2, 12, 99
+SAMPLES, LONGEST, SEED = 2, 16, 99
 
 
 def make_model(
@@ -148,7 +148,10 @@ def test_layouts_and_pools(expected, tp, pp, dp, sequence_parallel, pool):
     pass_tokens = {1: 5, 3: 8, 16: 1024}[pool]  # prompts in pieces of 4 or 5, or all at once
 
     def work():
-        return responses_by_prompt(hf_config, tp, pp, sequence_parallel, batch_size=pool, pass_tokens=pass_tokens)
+        with pytest.MonkeyPatch.context() as patch:
+            if pool == 3:  # the others with packed weights
+                patch.setattr("megatron_amd.rollout.generate._PACK_FROM", LONGEST + 1)
+            return responses_by_prompt(hf_config, tp, pp, sequence_parallel, batch_size=pool, pass_tokens=pass_tokens)
 
     results = run_distributed(work, tp * pp * dp)
     merged: dict[int, list[tuple[list[int], list[float]]]] = {}
@@ -170,7 +173,7 @@ def test_through_the_modules(expected, tp, pp):
 
     def work():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("megatron_amd.rollout.generate.lean_layers", lambda _model: None)
+            patch.setattr("megatron_amd.rollout.generate.lean_layers", lambda _model, **_: None)
             return responses_by_prompt(hf_config, tp, pp, False, batch_size=3, pass_tokens=8)
 
     for found in run_distributed(work, tp * pp):
@@ -342,7 +345,7 @@ def bounded_memory() -> None:
     """500 prompts of wildly different lengths in a pool of 8: no row nor byte more than the budget allows."""
     model, layout = make_model()
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 52, (500,), generator=generator).tolist()
+    lengths = torch.randint(1, 64 - LONGEST, (500,), generator=generator).tolist()
     prompts = Prompts(tuple(range(500)), (0,) * 500, tuple((20 + i % 60,) * n for i, n in enumerate(lengths)))
     largest, passes, in_work = 0, [], []
     attend = CoreAttention.attend_cached
@@ -419,7 +422,7 @@ def test_half_precision(tp: int, pp: int):
         model = model.bfloat16()
         rollouts = run_generate(model, layout, temperature=0.0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("megatron_amd.rollout.generate.lean_layers", lambda _model: None)
+            patch.setattr("megatron_amd.rollout.generate.lean_layers", lambda _model, **_: None)
             plain = run_generate(model, layout, temperature=0.0)
         assert rollouts.log_probs is not None
         assert plain.log_probs is not None
