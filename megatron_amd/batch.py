@@ -206,7 +206,13 @@ class Batch:
     """[N] in fp32: w_t / N of the state's own term (off or on), without beta."""
     scales: dict[bool, float]
     """1/N of each term, by `on_policy`: N counts sequences or response tokens of the global batch."""
+    beta: float
+    """Weight of the off-policy term: L = beta * off + (1 - beta) * on."""
     student_states: list[Tensor] | None
     """[N, H_student] final hidden states under the current student; None also where no critic looks at them."""
     teacher_states: list[Tensor] | None
     """[N, H_teacher]; None also where the objective needs no teacher."""
+
+    def coefficient(self, index: int) -> float:
+        """Weight of the micro-batch's term in L."""
+        return 1.0 - self.beta if self.microbatches[index].on_policy else self.beta

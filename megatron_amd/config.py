@@ -232,6 +232,25 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReuseConfig:
+    """Generated sequences that serve more than one iteration. A student's own are stale from its next step on."""
+
+    mode: Literal["none", "steps", "replay", "adaptive"] = "none"
+    """`none`: each iteration generates its own. `steps`: a batch serves `steps` iterations. `replay`: some iterations
+    generate (`fresh`), all draw from a buffer. `adaptive`: DistiLLM's schedule (Ko et al. 2024). An iteration learns
+    from the student's sequences with a probability that rises by 0.1 when the held-out kl_off has risen, else from
+    off-policy ones alone; of the former a share that falls from 1 to 0 over the run generates."""
+    steps: int = 2
+    """Iterations that a batch serves (`steps`)."""
+    fresh: float = 0.5
+    """Probability that an iteration generates, in (0, 1] (`replay`)."""
+    capacity: int = 1000
+    """Sequences of each kind that the buffer keeps, the newest, over all replicas (`replay`, `adaptive`)."""
+    initial_probability: float = 0.0
+    """First probability of learning from the student's sequences, in [0, 1] (`adaptive`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """Sequences generated during training."""
 
@@ -252,6 +271,13 @@ class RolloutConfig:
     """Sample the student's tokens among those at least this many times as likely as the likeliest; 0: all."""
     min_response_length: int = 0
     """The student's EOS is not sampled before a response has this many tokens."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response like EOS, student's and teacher's, with the token that completes them."""
+    teacher_share: float = 0.0
+    """Share of the teacher's distribution in the one that student rollouts are drawn from, token by token (MiniLLM's
+    teacher-mixed sampling), in [0, 1]. The states are then not the student's own."""
+    reuse: ReuseConfig = field(default_factory=ReuseConfig)
+    """Several iterations on the same sequences."""
     batch_size: int | None = None
     """Most sequences in work at once per replica; a finished one makes room for the next. Unset: all of an
     iteration's."""
@@ -440,6 +466,7 @@ def _check(config: Config) -> None:
     _check_ranges(config)
     _check_layout(config.parallel)
     _check_rollout(config)
+    _check_reuse(config)
     _check_objective(config)
     if config.evaluation.prompts and config.data.train and not config.data.evaluation:
         raise InputError("evaluation.prompts: needs data.evaluation, the held-out prompts")
@@ -454,9 +481,15 @@ def _check(config: Config) -> None:
             raise InputError(f"{role}.init.layers: cuts a pretrained model; with architecture, set its layer count")
 
 
-_UNIT_INTERVAL = ("objective.beta", "warmup.beta", "rollout.min_p")
+_UNIT_INTERVAL = (
+    "objective.beta",
+    "warmup.beta",
+    "rollout.min_p",
+    "rollout.teacher_share",
+    "rollout.reuse.initial_probability",
+)
 _SHARES = ("objective.gjs_weight", "objective.skew")
-_POSITIVE_UNIT_INTERVAL = ("objective.gamma", "rollout.top_p")
+_POSITIVE_UNIT_INTERVAL = ("objective.gamma", "rollout.top_p", "rollout.reuse.fresh")
 _AT_LEAST_ONE = (
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
@@ -471,6 +504,8 @@ _AT_LEAST_ONE = (
     "rollout.batch_size",
     "rollout.pass_tokens",
     "rollout.cache_tokens",
+    "rollout.reuse.steps",
+    "rollout.reuse.capacity",
     "evaluation.max_response_length",
     "data.max_prompt_length",
     "data.limit",
@@ -561,7 +596,8 @@ def _check_objective(config: Config) -> None:
         )
     temperature = objective.student_temperature
     truncated = rollout.top_k or rollout.top_p < 1 or rollout.min_p or rollout.min_response_length
-    from_the_student = rollout.temperature == temperature and not truncated
+    own = not truncated and not rollout.teacher_share and rollout.reuse.mode == "none"
+    from_the_student = rollout.temperature == temperature and own
     if amm and objective.beta < 1 and not from_the_student:
         for name, value, other in (
             ("policy_gradient", objective.policy_gradient, "per_step"),
@@ -570,12 +606,13 @@ def _check_objective(config: Config) -> None:
             if value != other:
                 raise InputError(
                     f"objective.{name}: {value} is unbiased only for rollout.temperature {temperature:g}, top_k 0, "
-                    f"top_p 1, min_p 0 and min_response_length 0; use those, or {name}: {other}"
+                    f"top_p 1, min_p 0, min_response_length 0, teacher_share 0 and reuse.mode none; use those, or "
+                    f"{name}: {other}"
                 )
     if amm and config.critic.tightness_threshold is not None and not objective.critic_steps:
         raise InputError("critic.tightness_threshold: needs objective.critic_steps of at least 1")
     has_responses = config.data.response_field or config.data.messages_field
-    if rollout.off_policy == "data" and not has_responses and _uses_off_policy(config):
+    if rollout.off_policy == "data" and not has_responses and uses_off_policy(config):
         raise InputError("rollout.off_policy: data needs data.response_field or data.messages_field")
 
 
@@ -592,6 +629,8 @@ def _check_rollout(config: Config) -> None:
             f"rollout.min_response_length: must not exceed rollout.max_response_length "
             f"{rollout.max_response_length}, but is {rollout.min_response_length}"
         )
+    if "" in rollout.stop_strings:
+        raise InputError("rollout.stop_strings: must not hold an empty text")
     longest = longest_sequence(config)
     if rollout.cache_tokens is not None and rollout.cache_tokens < longest:
         raise InputError(
@@ -600,5 +639,30 @@ def _check_rollout(config: Config) -> None:
         )
 
 
-def _uses_off_policy(config: Config) -> bool:
-    return config.objective.beta > 0 or (config.warmup.steps > 0 and config.warmup.beta > 0)
+def _check_reuse(config: Config) -> None:
+    reuse = config.rollout.reuse
+    if reuse.mode == "none":
+        return
+    if config.objective.resample:
+        raise InputError(
+            "objective.resample: draws a fresh batch for each critic step, which rollout.reuse cannot give"
+        )
+    sequences = config.training.global_batch_size * config.rollout.samples_per_prompt
+    if reuse.mode != "steps" and reuse.capacity < sequences:
+        raise InputError(
+            f"rollout.reuse.capacity: {reuse.capacity} does not hold one iteration's {sequences} sequences; raise it"
+        )
+    if reuse.mode == "adaptive" and not (config.evaluation.prompts and config.evaluation.interval):
+        raise InputError(
+            "rollout.reuse.mode: adaptive follows the held-out distance; set evaluation.prompts and evaluation.interval"
+        )
+    if reuse.mode == "adaptive" and config.rollout.off_policy == "teacher":
+        raise InputError(
+            "rollout.reuse.mode: adaptive alternates with fixed sequences; set rollout.off_policy: data, or use replay"
+        )
+
+
+def uses_off_policy(config: Config) -> bool:
+    """Whether any iteration learns from off-policy responses."""
+    in_warmup = config.warmup.steps > 0 and config.warmup.beta > 0
+    return config.objective.beta > 0 or config.rollout.reuse.mode == "adaptive" or in_warmup

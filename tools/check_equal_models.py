@@ -48,7 +48,7 @@ from megatron_amd.models.roles import ModelPlan, plan_models
 from megatron_amd.training.collect import OFF, ON, make_batch, off_policy_responses, student_responses
 from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
 from megatron_amd.training.players import Players, build_players, enter_critic
-from megatron_amd.training.steps import coefficient, critic_step, measure, student_step
+from megatron_amd.training.steps import critic_step, measure, student_step
 
 # isort: split
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
@@ -238,7 +238,7 @@ def checks(players: Players, plan: ModelPlan, batch: Batch) -> Iterator[Check]:
 
 def student_gradient(players: Players, batch: Batch, name: str) -> float:
     """Norm of the student's gradient of an objective, which stays in the buffers: its step has length 0."""
-    return student_step(players, batch, name, BETA)[0].grad_norm
+    return student_step(players, batch, name)[0].grad_norm
 
 
 def set_objective(players: Players, **changes: Any) -> None:
@@ -271,7 +271,7 @@ def literal_gradient(players: Players, batch: Batch) -> tuple[list[Tensor], floa
         if critic.center:
             raw = raw - (q * raw).sum(1, keepdim=True)
         f = critic.bound * torch.tanh(raw) if critic.squash == "tanh" else raw
-        w = batch.weights[index] * coefficient(batch.microbatches[index], BETA)
+        w = batch.weights[index] * batch.coefficient(index)
         slope = -w[:, None] * q * (f - (q * f).sum(1, keepdim=True))
         rows = head.shape[0]
         mine = F.pad(slope, (0, rows * layout.tp_size - vocab_size))[:, layout.tp_rank * rows :][:, :rows]

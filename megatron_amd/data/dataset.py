@@ -106,6 +106,8 @@ class PromptDataset:
         self._encoder = encoder
         self._first_rows = np.cumsum([0] + [len(source) for source in sources])
         self._rows = np.asarray(scan.rows, dtype=np.int64)
+        self.lengths = np.asarray(scan.lengths, dtype=np.int64)
+        """Tokens of each usable row: its prompt, and its gold response where that is given."""
         self.fingerprint: str = scan.digest.hexdigest()
         """Changes with any usable row's number or tokens, and so with the tokenizer and the template."""
         self.skipped: int = scan.bad + scan.long
@@ -200,6 +202,7 @@ class _Scan:
         self._next_row = 0
         self._first_problem = ""
         self.rows: list[int] = []
+        self.lengths: list[int] = []
         self.seen = self.bad = self.long = self.truncated = self.without_response = 0
         self.digest = hashlib.blake2b(digest_size=16)
 
@@ -224,6 +227,7 @@ class _Scan:
         response = example.response
         self.seen += 1
         self.rows.append(row)
+        self.lengths.append(len(example.prompt) + len(response or ()))
         self.truncated += example.is_truncated
         self.without_response += response is None
         numbers = [row, len(example.prompt), *example.prompt, -1 if response is None else len(response)]

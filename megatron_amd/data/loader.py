@@ -1,11 +1,13 @@
 """Which prompts come next: a position in an endless, reproducible sequence of rows.
 
 The sequence is epoch after epoch of the whole data set, each epoch in an order that depends on (seed, epoch) alone.
-Global batch number i is rows [i * B, (i + 1) * B) of it, however many ranks share the batch.
+Global batch number i is rows [i * B, (i + 1) * B) of it, however many ranks share the batch. Ranks get equally many,
+and as nearly as that allows equally many tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from megatron_amd.errors import InputError
 
 
 class PromptLoader:
-    """This rank's share of one global batch after another: rank r of R gets rows [r * B/R, (r + 1) * B/R) of each."""
+    """This rank's share of one global batch after another."""
 
     def __init__(
         self,
@@ -35,8 +37,8 @@ class PromptLoader:
             )
         self._dataset = dataset
         self._global_batch_size = global_batch_size
-        self._share = global_batch_size // dp_size
-        self._offset = self._share * dp_rank
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
         self._seed = seed
         self._shuffle = shuffle
         self._consumed = 0
@@ -49,13 +51,13 @@ class PromptLoader:
 
     def next(self) -> Prompts:
         """This rank's prompts of the next global batch. A batch may run over into the next epoch."""
-        start = self._consumed + self._offset
+        start = self._consumed
         self._consumed += self._global_batch_size
-        places = [divmod(place, len(self._dataset)) for place in range(start, start + self._share)]
-        return self._dataset.prompts(
-            positions=[int(self._epoch_order(epoch)[index]) for epoch, index in places],
-            visits=[epoch for epoch, _ in places],
-        )
+        places = [divmod(place, len(self._dataset)) for place in range(start, self._consumed)]
+        positions = [int(self._epoch_order(epoch)[index]) for epoch, index in places]
+        lengths = self._dataset.lengths[positions]
+        mine = deal(lengths.tolist(), self._dp_size, self._global_batch_size // self._dp_size)[self._dp_rank]
+        return self._dataset.prompts([positions[i] for i in mine], visits=[places[i][0] for i in mine])
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the sequence and a fingerprint of the data; equal on all ranks and for every dp_size."""
@@ -74,6 +76,19 @@ class PromptLoader:
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order(len(self._dataset), self._seed, epoch, self._shuffle))
         return self._order[1]
+
+
+def deal(costs: Sequence[float], ranks: int, most: int | None = None) -> list[list[int]]:
+    """Items for each rank, so that the ranks' sums of costs differ little: the dearest first, each to the rank that has
+    the least so far and has not `most` items yet. Each rank's items in ascending order."""
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    sums = [0.0] * ranks
+    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+        open_ranks = [rank for rank in range(ranks) if most is None or len(hands[rank]) < most]
+        rank = min(open_ranks, key=lambda rank: (sums[rank], rank))
+        hands[rank].append(item)
+        sums[rank] += costs[item]
+    return [sorted(hand) for hand in hands]
 
 
 def epoch_order(rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:

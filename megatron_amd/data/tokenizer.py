@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +191,19 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     check_hub_reachable(name_or_path, "data.tokenizer")
     tokenizer = _from_transformers(name_or_path, local=False)
     return HuggingFaceTokenizer(tokenizer, name_or_path, (), _hub_generation_eos(name_or_path))
+
+
+def stopping_rule(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+    """Told the tokens of a text so far, whether its end holds one of the strings; None where there are none."""
+    if not strings:
+        return None
+    window = max(len(text.encode()) for text in strings) + 4  # a token has at least one byte
+
+    def complete(tokens: Sequence[int]) -> bool:
+        text = tokenizer.decode(tokens[-window:])
+        return any(string in text for string in strings)
+
+    return complete
 
 
 def check_same_vocabulary(a: Tokenizer, b: Tokenizer) -> None:

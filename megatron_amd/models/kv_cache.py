@@ -113,7 +113,9 @@ class KVCache:
         if self.blocks:
             before, span_before = self.blocks[-1]
             widest = max(span, span_before)
-            in_vain = (before.stop - before.start) * (widest - span_before) + (block.stop - block.start) * (widest - span)
+            in_vain = (before.stop - before.start) * (widest - span_before) + (block.stop - block.start) * (
+                widest - span
+            )
             if in_vain < _CALL_POSITIONS:
                 self.blocks[-1] = slice(before.start, block.stop), widest
                 return

@@ -180,4 +180,3 @@ def lean_forward(
     if model.post_process:
         hidden = model.decoder.final_layernorm(hidden)
     return hidden.unsqueeze(1).contiguous()  # which may be sent to the next stage
-

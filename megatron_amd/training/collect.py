@@ -18,6 +18,9 @@ from megatron_amd.objectives.moments import discount_weights
 from megatron_amd.rollout.generate import generate
 from megatron_amd.training.players import Players
 
+_FIRST_BATCHES = 10
+"""Batches whose share of cut responses the later ones are held against, and that the latest share is a mean over."""
+_CLEARLY_MORE = 0.2
 OFF, ON = False, True
 """Keys for the two kinds of states: the teacher's (or the data's) and the student's own."""
 
@@ -43,12 +46,14 @@ def respond(
         batch_size=rollout.batch_size,
         pass_tokens=rollout.pass_tokens,
         cache_tokens=rollout.cache_tokens,
+        is_complete=players.is_complete,
         **sampling,
     )
 
 
 def student_responses(players: Players, prompts: Prompts, eos_ids: tuple[int, ...]) -> Rollouts:
-    """On-policy responses, `rollout.samples_per_prompt` to each prompt, from the student as it is now."""
+    """On-policy responses, `rollout.samples_per_prompt` to each prompt, from the student as it is now, mixed with the
+    teacher where `rollout.teacher_share` says so."""
     r = players.config.rollout
     return respond(
         players,
@@ -63,6 +68,7 @@ def student_responses(players: Players, prompts: Prompts, eos_ids: tuple[int, ..
         min_p=r.min_p,
         min_response_length=r.min_response_length,
         samples_per_prompt=r.samples_per_prompt,
+        mixed_with=(players.teacher, r.teacher_share) if r.teacher_share else None,
     )
 
 
@@ -76,12 +82,18 @@ def off_policy_responses(players: Players, prompts: Prompts, eos_ids: tuple[int,
 
 
 def make_batch(
-    players: Players, rollouts: Mapping[bool, Rollouts], *, student_states: bool = True, teacher_states: bool = True
+    players: Players,
+    rollouts: Mapping[bool, Rollouts],
+    *,
+    beta: float | None = None,
+    student_states: bool = True,
+    teacher_states: bool = True,
 ) -> Batch:
     """Cut sequences into micro-batches and collect final hidden states. Collective.
 
     Args:
         rollouts: by `OFF` and `ON`; one may be missing.
+        beta: weight of the off-policy term; unset: the objective's.
         student_states: False where only the student's own step looks at its states, which computes them anyway.
         teacher_states: False where nothing looks at the teacher (sft).
     """
@@ -99,31 +111,57 @@ def make_batch(
         microbatches=microbatches,
         weights=weights,
         scales=scales,
+        beta=config.objective.beta if beta is None else beta,
         student_states=forward_states(players.student, microbatches, layout) if student_states else None,
         teacher_states=forward_states(players.teacher, microbatches, layout) if teacher_states else None,
     )
 
 
-def response_metrics(rollouts: Mapping[bool, Rollouts], eos_ids: tuple[int, ...], layout: Layout) -> dict[str, float]:
-    """Mean response length and share of responses that end with EOS, over the global batch. Collective over DP."""
-    sums = torch.zeros(2, 3, dtype=torch.float64)
+def response_metrics(players: Players, rollouts: Mapping[bool, Rollouts], eos_ids: tuple[int, ...]) -> dict[str, float]:
+    """Lengths and ends of the responses of the global batch. Collective over DP."""
+    longest, layout = players.config.rollout.max_response_length, players.layout
+    sums = torch.zeros(2, 4, dtype=torch.float64)
     for on_policy, sequences in rollouts.items():
-        responses = sequences.responses()
-        sums[int(on_policy)] = torch.tensor(
-            [
-                sum(map(len, responses)),
-                sum(bool(response) and response[-1] in eos_ids for response in responses),
-                len(responses),
-            ]
-        )
+        for response in sequences.responses():
+            ended = bool(response) and response[-1] in eos_ids
+            stopped = not ended and players.is_complete is not None and players.is_complete(response)
+            capped = len(response) >= longest and not ended and not stopped
+            sums[int(on_policy)] += torch.tensor([1, len(response), ended, capped], dtype=torch.float64)
     on_device = sums.to(layout.device)
     dist.all_reduce(on_device, group=layout.groups.dp)
     metrics = {}
-    for policy, (tokens, ended, count) in zip(("off", "on"), on_device.tolist(), strict=True):
+    for policy, (count, tokens, ended, capped) in zip(("off", "on"), on_device.tolist(), strict=True):
         if count:
             metrics[f"rollout/response_length_{policy}"] = tokens / count
             metrics[f"rollout/eos_fraction_{policy}"] = ended / count
+            metrics[f"rollout/capped_fraction_{policy}"] = capped / count
     return metrics
+
+
+def capped_more(history: dict[str, list[float]], metrics: Mapping[str, float]) -> list[str]:
+    """Warnings where clearly more responses are cut at the length limit than before.
+
+    Args:
+        history: of each policy the batches seen, the share of its first ones and that of its latest ones; updated.
+        metrics: of `response_metrics`.
+    """
+    warnings = []
+    for policy, whose in (("off", "off-policy"), ("on", "student's")):
+        share = metrics.get(f"rollout/capped_fraction_{policy}")
+        if share is None:
+            continue
+        count, first, latest = history.get(policy, (0, share, share))
+        if count < _FIRST_BATCHES:
+            first = latest = (first * count + share) / (count + 1)
+        latest += (share - latest) / _FIRST_BATCHES
+        if latest > first + _CLEARLY_MORE:
+            warnings.append(
+                f"warning: {latest:.0%} of the {whose} responses are cut at rollout.max_response_length, {first:.0%} "
+                "before: raise it, or see that the models end with the same token"
+            )
+            first = latest  # and again when it is clearly more than that
+        history[policy] = [count + 1, first, latest]
+    return warnings
 
 
 def padded_width(width: int, config: Config, layout: Layout) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,6 +31,8 @@ class Players:
     vocabulary: Vocabulary
     teacher: CausalLM
     student: CausalLM
+    is_complete: Callable[[Sequence[int]], bool] | None = None
+    """Told a response's tokens so far, whether a stop string ends it."""
     student_optimization: Optimization | None = None
     critic: TrunkCritic | HeadCritic | None = None
     """None before the main game, and where the objective has no critic."""
@@ -80,7 +83,9 @@ class Players:
         return forward_states(self.critic, batch.microbatches, self.layout)
 
 
-def build_players(config: Config, plan: ModelPlan, layout: Layout) -> Players:
+def build_players(
+    config: Config, plan: ModelPlan, layout: Layout, is_complete: Callable[[Sequence[int]], bool] | None = None
+) -> Players:
     """Teacher and student with their first weights. Collective."""
     student = build_model("student", config, plan, layout)
     teacher = build_model("teacher", config, plan, layout)
@@ -90,7 +95,7 @@ def build_players(config: Config, plan: ModelPlan, layout: Layout) -> Players:
     freeze(teacher)
     rows = plan.padded_vocab_size // layout.tp_size
     vocabulary = Vocabulary(size=plan.vocab_size, shard_start=layout.tp_rank * rows, group=layout.groups.tp)
-    return Players(config=config, layout=layout, vocabulary=vocabulary, teacher=teacher, student=student)
+    return Players(config, layout, vocabulary, teacher, student, is_complete)
 
 
 def enter_critic(players: Players, plan: ModelPlan, total_steps: int) -> None:

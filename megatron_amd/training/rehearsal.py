@@ -223,6 +223,13 @@ class _Stage:
                 larger = any(r >= rows and t >= length for r, t in asked - {(rows, length)})
                 if rows and not larger:
                     found.append(self._play_generation(model, rows, length))
+        if config.rollout.teacher_share and batch.on_policy:  # both at once
+            rows = min(batch.on_policy, config.rollout.batch_size or batch.on_policy)
+            both = [
+                self._play_generation(model, rows, batch.response_length)
+                for model in (self.players.student, self.players.teacher)
+            ]
+            found.append({part: sum(of_model[part] for of_model in both) for part in found[0]})
         return max(found, key=lambda part: sum(part.values()))
 
     def _play_generation(self, model: CausalLM, rows: int, length: int) -> dict[str, int]:
@@ -271,7 +278,7 @@ class _Stage:
             steps=indices(),
         )
         student, teacher = (self._states_of(model) for model in (self.players.student, self.players.teacher))
-        return Batch([microbatch], [torch.ones(count, device=self.layout.device)], {}, student, teacher)
+        return Batch([microbatch], [torch.ones(count, device=self.layout.device)], {}, 0.5, student, teacher)
 
     def _states_of(self, model: CausalLM) -> list[Tensor] | None:
         if not self.layout.is_last_stage:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_amd.checkpoint.hf import check_export_folder, check_hf_weights
-from megatron_amd.config import Config
+from megatron_amd.config import Config, uses_off_policy
 from megatron_amd.data import (
     PromptDataset,
     PromptLoader,
@@ -17,7 +17,7 @@ from megatron_amd.data import (
     load_rows,
     load_tokenizer,
 )
-from megatron_amd.data.tokenizer import TOKENIZER_FILES
+from megatron_amd.data.tokenizer import TOKENIZER_FILES, stopping_rule
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
@@ -67,7 +67,7 @@ def set_up(config: Config, layout: Layout, warn: Callable[[str], None] = print) 
         loader.load_state_dict(checkpoint[1]["loader"])  # raises where the data has changed
         if changes := changed_settings(checkpoint, config):
             warn(f"goes on with other settings than {checkpoint[0].name} was saved with: {', '.join(changes)}")
-    players = build_players(config, plan, layout)
+    players = build_players(config, plan, layout, stopping_rule(tokenizer, config.rollout.stop_strings))
     return Trainer(config, plan, players, loader, tokenizer.eos_ids, held_out, checkpoint), tokenizer
 
 
@@ -134,12 +134,11 @@ def _check_weights(config: Config, plan: ModelPlan) -> None:
 def _open_data(
     config: Config, tokenizer: Tokenizer, layout: Layout, warn: Callable[[str], None]
 ) -> tuple[PromptDataset, HeldOut | None]:
-    off_policy = config.objective.beta > 0 or (config.warmup.steps > 0 and config.warmup.beta > 0)
     train = load_rows(
         config.data,
         "train",
         tokenizer,
-        responses=config.rollout.off_policy == "data" and off_policy,
+        responses=config.rollout.off_policy == "data" and uses_off_policy(config),
         max_response_length=config.rollout.max_response_length,
         warn=warn,
     )

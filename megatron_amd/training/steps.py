@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_amd.batch import Batch, MicroBatch, from_grid, to_grid
+from megatron_amd.batch import Batch, from_grid, to_grid
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.distributed.schedule import backward_without_trunk, forward_backward
 from megatron_amd.models.critic import TrunkCritic
@@ -19,11 +19,6 @@ from megatron_amd.objectives.moments import policy_gradient_scores
 from megatron_amd.training.optimizer import StepResult
 from megatron_amd.training.players import Players
 from megatron_amd.training.statistics import batch_metrics, broadcast_from_last_stage, share_sums
-
-
-def coefficient(microbatch: MicroBatch, beta: float) -> float:
-    """Weight of a micro-batch's term in L = beta * off + (1 - beta) * on."""
-    return 1.0 - beta if microbatch.on_policy else beta
 
 
 def measure(players: Players, batch: Batch, *, tempered: bool = True) -> dict[str, float]:
@@ -53,7 +48,7 @@ def critic_step(players: Players, batch: Batch) -> tuple[StepResult, dict[str, f
             players.teacher_head(batch, index),
             players.critic_head(batch, index, own_states),
             targets=microbatch.targets,
-            weights=batch.weights[index] * coefficient(microbatch, objective.beta),
+            weights=batch.weights[index] * batch.coefficient(index),
             on_policy=microbatch.on_policy,
             estimator=objective.estimator,
             vocabulary=players.vocabulary,
@@ -81,12 +76,11 @@ def critic_step(players: Players, batch: Batch) -> tuple[StepResult, dict[str, f
     return StepResult(applied=bool(applied), grad_norm=grad_norm, learning_rate=learning_rate), moves, moments
 
 
-def student_step(players: Players, batch: Batch, name: str, beta: float) -> tuple[StepResult, dict[str, float]]:
+def student_step(players: Players, batch: Batch, name: str) -> tuple[StepResult, dict[str, float]]:
     """min over the student of the objective, one descent step. Critic and teacher do not change.
 
     Args:
         name: the objective's name, which during a warm-up is not `objective.name`.
-        beta: weight of the off-policy term.
 
     Returns:
         What the optimizer did, and metrics: the loss, and the batch's distances before the step or, for `amm`, its
@@ -99,7 +93,7 @@ def student_step(players: Players, batch: Batch, name: str, beta: float) -> tupl
 
     def loss_function(index: int, states: Tensor) -> tuple[Tensor, tuple[TokenStatistics | None, Tensor]]:
         microbatch = batch.microbatches[index]
-        share = coefficient(microbatch, beta)
+        share = batch.coefficient(index)
         own = own_states[index] if own_states is not None else None
         loss, tokens = student_loss(
             players.student_head(states),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_amd.batch import Batch, Rollouts
+from megatron_amd.batch import Batch, Prompts, Rollouts
 from megatron_amd.checkpoint import store
 from megatron_amd.config import Config, ObjectiveConfig, WarmupConfig, config_to_dict
 from megatron_amd.data.loader import PromptLoader
@@ -18,7 +18,16 @@ from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
 from megatron_amd.evaluation.distances import HeldOut
 from megatron_amd.models.roles import ModelPlan
-from megatron_amd.training.collect import OFF, ON, make_batch, off_policy_responses, response_metrics, student_responses
+from megatron_amd.rollout.replay import Replay
+from megatron_amd.training.collect import (
+    OFF,
+    ON,
+    capped_more,
+    make_batch,
+    off_policy_responses,
+    response_metrics,
+    student_responses,
+)
 from megatron_amd.training.journal import Journal
 from megatron_amd.training.metrics import Timers
 from megatron_amd.training.optimizer import build_optimization, wrap_for_training
@@ -48,6 +57,8 @@ class Progress:
     """Steps of each player that were skipped for a gradient that was not finite."""
     skipped_in_a_row: dict[str, int] = field(default_factory=lambda: {"student": 0, "critic": 0})
     """The same since the player's last step that was not."""
+    capped: dict[str, list[float]] = field(default_factory=dict)
+    """Of each policy's responses, for `capped_more`."""
 
 
 class Trainer:
@@ -83,7 +94,10 @@ class Trainer:
         self.progress = Progress()
         self.timers = Timers()
         self.batch: Batch | None = None
-        self._batch_position: dict[str, Any] = {}  # of the loader, before it gave the batch's prompts
+        prompts = config.training.global_batch_size
+        needed = {OFF: prompts, ON: prompts * config.rollout.samples_per_prompt}
+        self.replay = Replay(config.rollout.reuse, config.run.seed, players.layout, needed)
+        self._before_batch: dict[str, Any] = {}  # what the batch was drawn from, as it was then
         self._checkpoints = Path(config.run.directory) / "checkpoints"
         critic_only = config.critic.warmup_steps if config.objective.name == "amm" else 0
         self.phases = {"warmup": config.warmup.steps, "critic": critic_only, "main": config.training.steps}
@@ -142,30 +156,59 @@ class Trainer:
         if self.batch is not None:
             return self.batch
         objective = self._objective()
-        self._batch_position = self.loader.state_dict()
-        with agreed():
-            prompts = self.loader.next()
-        rollouts: dict[bool, Rollouts] = {}
+        self._before_batch = self._sources()
         with self.timers("rollout"):
-            if objective.beta > 0:
-                rollouts[OFF] = off_policy_responses(self.players, prompts, self.eos_ids)
-            if objective.beta < 1:
-                rollouts[ON] = student_responses(self.players, prompts, self.eos_ids)
+            rollouts = self._rollouts(objective.beta)
         with self.timers("hidden"):
             self.batch = make_batch(
                 self.players,
                 rollouts,
+                beta=objective.beta if ON in rollouts else 1.0,
                 student_states=objective.name == "amm",
                 teacher_states=objective.name != "sft",
             )
             if objective.name == "amm" and not self._critic_steps():  # other steps measure as they go
                 self.progress.metrics |= measure(self.players, self.batch)
-        lengths = response_metrics(rollouts, self.eos_ids, self.players.layout)
+        lengths = response_metrics(self.players, rollouts, self.eos_ids)
         self.progress.metrics |= lengths
         count, samples = self.config.training.global_batch_size, self.config.rollout.samples_per_prompt
         self.progress.tokens += count * lengths.get("rollout/response_length_off", 0.0)
         self.progress.tokens += count * samples * lengths.get("rollout/response_length_on", 0.0)
         return self.batch
+
+    def _rollouts(self, beta: float) -> dict[bool, Rollouts]:
+        """The iteration's sequences: generated now, kept from earlier iterations, or the data's."""
+        progress, players = self.progress, self.players
+        by_teacher = self.config.rollout.off_policy == "teacher"
+        done = progress.iteration / max(self.phases["main"], 1) if progress.phase == "main" else 0.0
+        kinds = [kind for kind, used in ((OFF, beta > 0 and by_teacher), (ON, beta < 1)) if used]
+        turn = self.replay.turn(progress.total_iterations, done, kinds)
+        beta = beta if turn.student else 1.0
+        prompts = None
+        if turn.fresh or (beta > 0 and not by_teacher):
+            with agreed():
+                prompts = self.loader.next()
+
+        def off_policy(prompts: Prompts) -> Rollouts:
+            return off_policy_responses(players, prompts, self.eos_ids)
+
+        def on_policy(prompts: Prompts) -> Rollouts:
+            return student_responses(players, prompts, self.eos_ids)
+
+        rollouts: dict[bool, Rollouts] = {}
+        if beta > 0 and by_teacher:
+            rollouts[OFF], _ = self.replay.serve(turn, OFF, prompts, off_policy)
+        elif beta > 0 and prompts is not None:
+            rollouts[OFF] = off_policy(prompts)
+        if beta < 1:
+            rollouts[ON], progress.metrics["rollout/staleness"] = self.replay.serve(turn, ON, prompts, on_policy)
+        if self.config.rollout.reuse.mode == "adaptive":
+            progress.metrics["rollout/student_probability"] = self.replay.probability
+        return rollouts
+
+    def _sources(self) -> dict[str, Any]:
+        """What the next batch is drawn from."""
+        return {"loader": self.loader.state_dict(), "replay": self.replay.state_dict()}
 
     def critic_step(self, batch: Batch) -> None:
         """max over f_1, f_2: one ascent step."""
@@ -179,9 +222,8 @@ class Trainer:
 
     def student_step(self, batch: Batch) -> None:
         """min over the student: one descent step."""
-        objective = self._objective()
         with self.timers("student"):
-            step, metrics = student_step(self.players, batch, objective.name, objective.beta)
+            step, metrics = student_step(self.players, batch, self._objective().name)
         if self.config.objective.resample or not self._critic_steps():  # then no critic has trained on this batch
             metrics = {name: value for name, value in metrics.items() if not name.startswith("amm/d_mm_trained")}
         self.progress.metrics |= metrics
@@ -195,6 +237,7 @@ class Trainer:
         self.journal.say(f"measuring on {self.config.evaluation.prompts} held-out prompts ...")
         result = self.held_out.evaluate(self.players)
         self.journal.add_evaluation(point, result)
+        self.replay.heed(result["kl_off"])
         self.journal.say(
             f"held out, {when}: TV {result['tv_off']:.4f} off {result['tv_on']:.4f} on, "
             f"KL {result['kl_off']:.4f} off {result['kl_on']:.4f} on"
@@ -208,7 +251,7 @@ class Trainer:
             roles=self._roles(),
             state={
                 "progress": asdict(self.progress),
-                "loader": self._batch_position if self.batch is not None else self.loader.state_dict(),
+                **(self._before_batch if self.batch is not None else self._sources()),
                 "evaluations": self.journal.evaluations,
                 "config": config_to_dict(self.config),
             },
@@ -259,6 +302,8 @@ class Trainer:
         progress.critic_steps = 0
         self.batch = None
         metrics, progress.metrics = progress.metrics, {}
+        for warning in capped_more(progress.capped, metrics):
+            self.journal.say(warning)
         times = self.timers.collect()
         tokens, progress.tokens = progress.tokens, 0.0
         counts = {
@@ -300,6 +345,8 @@ class Trainer:
         path, state = resume_from or (None, None)
         if state is not None:
             self.progress = Progress(**state["progress"])
+            if "replay" in state:
+                self.replay.load_state_dict(state["replay"])
         self.journal = Journal(config, self.phases, resume=state)
         if self.progress.phase == "warmup":
             players.student_optimization = build_optimization(

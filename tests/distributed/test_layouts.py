@@ -52,13 +52,23 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "rollout.samples_per_prompt=3", "training.micro_batch_size=3", "training.head_chunk_tokens=5",
         "evaluation.prompts=5",
     ),
+    "replay": (
+        "warmup.steps=1", "warmup.name=kl", "warmup.beta=0.5", "objective.policy_gradient=per_step",
+        "training.steps=4", "rollout.reuse.mode=replay", "rollout.reuse.fresh=0.4", "rollout.reuse.capacity=12",
+        "rollout.samples_per_prompt=2", "rollout.teacher_share=0.4", 'rollout.stop_strings=["e", "qu"]',
+    ),
+    "adaptive": (
+        "objective.policy_gradient=per_step", "objective.beta=0.25", "training.steps=4", "rollout.off_policy=data",
+        "rollout.reuse.mode=adaptive", "rollout.reuse.initial_probability=0.7", "rollout.reuse.capacity=4",
+        "evaluation.prompts=5", "evaluation.interval=1",
+    ),
 }  # fmt: skip
 """Settings with which a run takes other ways through the trainer; `{}` is the folder of its files."""
 FEW = ("tp2-sp", "pp2", "dp2")
 PLAYED = [
     *(("pair", name) for name in LAYOUTS),
     *(("own", name) for name in ("tp2-sp", "pp2-dp2", "micro3-pp2")),
-    *((variant, name) for variant in ("data", "short", "sampled") for name in FEW),
+    *((variant, name) for variant in ("data", "short", "sampled", "replay", "adaptive") for name in FEW),
 ]
 FLOOR = 1e-6 * 2.0  # times 2 * bound
 
@@ -147,6 +157,12 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ref
 def check_covered(variant: str, metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
     """The reference really took the ways that its variant is for."""
     trained = [row for row in metrics if not any(name.startswith("evaluation/") for name in row)]
+    if variant in ("replay", "adaptive"):
+        staleness = [row.get("rollout/staleness") for row in trained]
+        assert 0 in staleness, "some iterations generate"
+        assert any(age for age in staleness), "some do not"
+        assert (None in staleness) == (variant == "adaptive"), "some learn from the data alone"
+        return
     phases = {"pair": [], "own": [], "sampled": ["warmup", "critic", "critic"]}.get(variant, ["warmup"])
     assert [row["phase"] for row in trained] == [*phases, "main", "main", "main"]
     if variant in ("pair", "own"):

@@ -162,7 +162,7 @@ def play(files: Files, player: str, cases: list[Case], configs: list[Config]) ->
         batch = game.batch(fixed_sequences(case["sequences"], files.vocab_size), config)
         heads: dict[str, np.ndarray] = {}
         if player == "student":
-            step, _ = student_step(game.players, batch, config.objective.name, config.objective.beta)
+            step, _ = student_step(game.players, batch, config.objective.name)
             game.write_student_gradients(folder)
         else:
             step, _, _ = critic_step(game.players, batch)

@@ -84,7 +84,7 @@ def moves(configs: list[Config]) -> list[tuple[bool, bool]]:
         assert critic_step(players, batch)[0].applied
         assert not differing(student, snapshot(players.student_optimization))
         changed_critic = snapshot(players.critic_optimization)
-        assert student_step(players, batch, "amm", 0.5)[0].applied
+        assert student_step(players, batch, "amm")[0].applied
         assert not differing(changed_critic, snapshot(players.critic_optimization))
         assert not differing(teacher, copies(players.teacher))
         check_frozen(players)
@@ -189,7 +189,7 @@ def real_rows(shard: Tensor, layout: Layout) -> Tensor:
 def check_random_critic(game: Game, batch: Batch) -> None:
     """-w q (f - E_q f) at the logits, carried to the head and, by the final norm's weight, to the hidden states."""
     players, layout = game.players, game.layout
-    step, _ = student_step(players, batch, "amm", 0.5)
+    step, _ = student_step(players, batch, "amm")
     assert step.grad_norm > 0.01
     assert players.student_optimization is not None
     assert batch.student_states is not None
@@ -221,7 +221,7 @@ def play_equal_models(configs: dict[str, Config]) -> None:
     players = game.players
     batch = game.batch(fixed_sequences("mixed", VOCAB_SIZE))
     for name in ("kl", "rkl", "js", "tv"):
-        assert student_step(players, batch, name, 0.5)[0].grad_norm < 1e-7
+        assert student_step(players, batch, name)[0].grad_norm < 1e-7
     for start, config in configs.items():
         game.enter_critic(config, random_heads=start == "random")
         metrics = measure(players, batch)
@@ -231,7 +231,7 @@ def play_equal_models(configs: dict[str, Config]) -> None:
             assert metrics[f"distance/top1_agreement_{state}"] == 1
         assert critic_step(players, batch)[0].grad_norm < 1e-7
         if start != "random":
-            assert student_step(players, batch, "amm", 0.5)[0].grad_norm < 1e-7
+            assert student_step(players, batch, "amm")[0].grad_norm < 1e-7
         elif layout.is_last_stage:
             check_random_critic(game, batch)
 
@@ -285,7 +285,7 @@ def skip_steps(config: Config) -> None:
     players = game.players
 
     def play(player: str, batch: Batch) -> bool:
-        step = student_step(players, batch, "amm", 0.5)[0] if player == "student" else critic_step(players, batch)[0]
+        step = student_step(players, batch, "amm")[0] if player == "student" else critic_step(players, batch)[0]
         return step.applied
 
     for player in ("student", "critic"):

@@ -29,6 +29,7 @@ STOPS: list[dict[str, Any]] = [
 KILL = {"signal": signal.SIGKILL, "after": "critic_step", "phase": "main", "iteration": 3, "critic_steps": 1}
 """An iteration and a half after the newest checkpoint."""
 
+REPLAY = ("rollout.reuse.mode=replay", "rollout.reuse.capacity=7", "objective.policy_gradient=per_step")
 LAYOUTS = {"tp": "parallel.tensor_model_parallel_size=2", "pp": "parallel.pipeline_model_parallel_size=2"}
 
 
@@ -125,7 +126,12 @@ def same(a: Any, b: Any) -> bool:
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Any]]]:
     folder = tmp_path_factory.mktemp("one")
     make_run(folder)
-    return folder, launch_many(folder, [*cases(folder, "run", stops=STOPS, rank=0), killed(folder, "run", rank=0)])
+    listed = [
+        *cases(folder, "run", stops=STOPS, rank=0),
+        *cases(folder, "replay", *REPLAY, stops=STOPS[2:], rank=0),
+        killed(folder, "run", rank=0),
+    ]
+    return folder, launch_many(folder, listed)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +150,13 @@ def test_stopped_and_resumed_equals_uninterrupted(one_rank: tuple[Path, dict[str
     folder, results = one_rank
     check_stops(results, "run", STOPS, 1)
     check_equal(folder / "run-stopped", folder / "run-whole")
+
+
+def test_with_replayed_sequences(one_rank: tuple[Path, dict[str, list[Any]]]) -> None:
+    folder, results = one_rank
+    check_stops(results, "replay", STOPS[2:], 1)
+    check_equal(folder / "replay-stopped", folder / "replay-whole")
+    assert any(row.get("rollout/staleness") for row in read_metrics(folder / "replay-whole"))
 
 
 def test_killed_and_resumed_equals_uninterrupted(one_rank: tuple[Path, dict[str, list[Any]]]) -> None:

@@ -1,0 +1,142 @@
+"""Sequences that serve several iterations: who generates when, what is kept, and that no layout changes it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_amd.batch import Prompts, Rollouts
+from megatron_amd.config import ParallelConfig, ReuseConfig
+from megatron_amd.data.loader import deal
+from megatron_amd.distributed.layout import build_layout
+from megatron_amd.rollout.replay import Replay
+from tests.distributed.runner import run_distributed
+
+pytestmark = pytest.mark.distributed
+PROMPTS, SAMPLES = 4, 2
+NEEDED = {False: PROMPTS, True: PROMPTS * SAMPLES}
+
+
+class Game:
+    """Iterations whose responses say who wrote them when: [prompt id, sample, iteration]."""
+
+    def __init__(self, seed: int = 5, **settings: Any) -> None:
+        self.layout = build_layout(ParallelConfig(), torch.device("cpu"))
+        self.replay = Replay(ReuseConfig(**settings), seed, self.layout, NEEDED)
+        self.iteration = 0
+
+    def prompts(self) -> Prompts:
+        """This replica's share of the iteration's, of different lengths."""
+        ids = [self.iteration * PROMPTS + i for i in range(PROMPTS)]
+        lengths = [1 + id % 7 for id in ids]
+        mine = deal(lengths, self.layout.dp_size, PROMPTS // self.layout.dp_size)[self.layout.dp_rank]
+        return Prompts(tuple(ids[i] for i in mine), (0,) * len(mine), tuple((9,) * lengths[i] for i in mine))
+
+    def play(self, progress: float = 0.0) -> tuple[bool, bool, list[tuple[int, ...]], float]:
+        """(generated, learnt from the student, the student's sequences over all replicas, their staleness)."""
+        turn = self.replay.turn(self.iteration, progress, [True])
+
+        def respond(prompts: Prompts) -> Rollouts:
+            rows = [[id, sample, self.iteration] for id in prompts.ids for sample in range(SAMPLES)]
+            return Rollouts.from_lists(prompts.repeat(SAMPLES).tokens, rows)
+
+        found, staleness = [], 0.0
+        if turn.student:
+            rollouts, staleness = self.replay.serve(turn, True, self.prompts() if turn.fresh else None, respond)
+            mine = [tuple(response) for response in rollouts.responses()]
+            assert len(mine) == NEEDED[True] // self.layout.dp_size
+            for row, response in zip(rollouts.tokens.tolist(), mine, strict=True):
+                assert row[: 1 + response[0] % 7] == [9] * (1 + response[0] % 7), "a response goes with its prompt"
+            of_replicas: list[Any] = [None] * self.layout.dp_size
+            torch.distributed.all_gather_object(of_replicas, mine)
+            found = sorted(sequence for of_replica in of_replicas for sequence in of_replica)
+        self.iteration += 1
+        return turn.fresh, turn.student, found, staleness
+
+
+def none() -> None:
+    game = Game(mode="none")
+    for iteration in range(3):
+        fresh, _, found, staleness = game.play()
+        assert fresh
+        assert staleness == 0
+        assert {sequence[2] for sequence in found} == {iteration}
+
+
+def steps() -> None:
+    game = Game(mode="steps", steps=3)
+    played = [game.play() for _ in range(7)]
+    assert [fresh for fresh, *_ in played] == [True, False, False, True, False, False, True]
+    assert [staleness for *_, staleness in played] == [0, 1, 2, 0, 1, 2, 0]
+    assert played[0][2] == played[1][2] == played[2][2]
+    assert {sequence[2] for sequence in played[3][2]} == {3}
+    assert len(set(played[0][2])) == NEEDED[True]
+
+
+def replay() -> None:
+    game = Game(mode="replay", fresh=0.4, capacity=20)
+    played = [game.play() for _ in range(400)]
+    assert played[0][0], "there is nothing else"
+    assert sum(fresh for fresh, *_ in played) == pytest.approx(160, abs=30)  # 3 standard deviations
+    fresh_at = [iteration for iteration, (fresh, *_) in enumerate(played) if fresh]
+    for iteration, (_, _, found, staleness) in enumerate(played):
+        assert len(set(found)) == NEEDED[True], "drawn without repeats"
+        kept = [at for at in fresh_at if at <= iteration][-3:]  # 20 sequences are two generations and a half
+        assert {sequence[2] for sequence in found} <= set(kept)
+        assert staleness == pytest.approx(sum(iteration - s[2] for s in found) / len(found))
+    counts = torch.bincount(torch.tensor([len({s[2] for s in found}) for _, _, found, _ in played[50:]]))
+    assert counts[2:].sum() > 300, "most draws mix generations"
+
+
+def adaptive() -> None:
+    game = Game(mode="adaptive", capacity=8)
+    assert not any(student for _, student, _, _ in [game.play() for _ in range(20)]), "at first it is never asked for"
+    for distance in (1.0, 0.9, 1.0, 0.9, 1.1):  # has risen twice
+        game.replay.heed(distance)
+    assert game.replay.probability == pytest.approx(0.2)
+    for distance in (2.0, 3.0, 4.0):
+        game.replay.heed(distance)
+    halfway = [game.play(progress=0.5) for _ in range(400)]
+    assert sum(student for _, student, _, _ in halfway) == pytest.approx(200, abs=30)
+    assert sum(fresh for fresh, *_ in halfway) == pytest.approx(100, abs=27)
+    late = [game.play(progress=1.0) for _ in range(50)]
+    assert not any(fresh for fresh, *_ in late)
+    assert any(student for _, student, _, _ in late)
+
+
+@pytest.mark.parametrize("work", [none, steps, replay, adaptive])
+def test_modes(work):
+    run_distributed(work, 1)
+
+
+def play(count: int, state: str | None = None, **settings: Any) -> tuple[list[Any], str]:
+    game = Game(**settings)
+    if state is not None:
+        kept = json.loads(state)
+        game.replay.load_state_dict(kept["replay"])
+        game.iteration = kept["iteration"]
+    played = [game.play(progress=0.3) for _ in range(count)]
+    return played, json.dumps({"replay": game.replay.state_dict(), "iteration": game.iteration})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "steps", "steps": 2},
+        {"mode": "replay", "capacity": 19},
+        {"mode": "adaptive", "capacity": 16, "initial_probability": 0.6},
+    ],
+    ids=lambda settings: settings["mode"],
+)
+def test_layouts_and_restarts_change_nothing(settings: dict[str, Any]) -> None:
+    ((expected, state),) = run_distributed(lambda: play(12, **settings), 1)
+    assert run_distributed(lambda: play(12, **settings), 2) == [(expected, state)] * 2
+    ((first, between),) = run_distributed(lambda: play(5, **settings), 1)
+    for rest, end in run_distributed(lambda: play(7, between, **settings), 2):  # goes on with another layout
+        assert first + rest == expected
+        assert end == state
+    ((other, _),) = run_distributed(lambda: play(12, seed=6, **settings), 1)
+    assert (other != expected) == (settings["mode"] != "steps")
