@@ -218,6 +218,38 @@ def test_resample_draws_a_batch_for_each_step(files: Any, tmp_path: Path, resamp
         assert counted == pytest.approx(seen.tokens[place], rel=1e-9), place
 
 
+# Responses
+
+
+def test_stop_strings_end_responses(files: Any, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(files[0] / "teacher"))
+    free = run(files, tmp_path / "free", "rollout.max_response_length=24", "training.steps=1").responses
+    text = tokenizer.decode(max((tokens for _, tokens in free), key=len))
+    stop = next(letter for letter in text[2:] if letter.isascii() and letter.isalnum())
+    seen = run(
+        files, tmp_path / "stop", "rollout.max_response_length=24", "training.steps=1", f"rollout.stop_strings=['{stop}']"
+    )
+    stopped = 0
+    for (prompt, tokens), (same_prompt, whole) in zip(seen.responses, free, strict=True):
+        assert prompt == same_prompt
+        assert whole[: len(tokens)] == tokens, "the same response, ended earlier"
+        assert stop not in tokenizer.decode(tokens[:-1])
+        stopped += len(tokens) < len(whole)
+    assert stopped
+    assert seen.rows["main", 1]["rollout/capped_fraction_off"] < 1
+
+
+def test_teacher_mixed_sampling(files: Any, tmp_path: Path) -> None:
+    """A share of 1 is the teacher: off- and on-policy distances are alike in what the teacher thinks of the tokens."""
+    mass = {}
+    for share in (0, 1):
+        overrides = (f"rollout.teacher_share={share}", "objective.policy_gradient=per_step", "training.steps=1")
+        row = run(files, tmp_path / str(share), *overrides, "rollout.samples_per_prompt=8").rows["main", 1]
+        mass[share] = row["distance/teacher_mass_on"], row["distance/teacher_mass_off"]
+    assert mass[0][1] == mass[1][1]
+    assert mass[1][0] > 4 * mass[0][0]
+
+
 # Moments
 
 

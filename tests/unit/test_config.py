@@ -23,6 +23,9 @@ def setting(config: Config, name: str) -> object:
     return functools.reduce(lambda node, part: node[part], name.split("."), config_to_dict(config))
 
 
+REUSE = ("objective.policy_gradient=per_step", "rollout.reuse.mode=replay")
+
+
 def test_defaults_are_a_valid_run():
     assert load_config(None) == Config()
 
@@ -220,6 +223,20 @@ def test_wrong_types_say_what_is_wanted(override, message):
         (["rollout.temperature=0.7"], "rao_blackwell is unbiased only for rollout.temperature 1"),
         (["rollout.top_k=50", "objective.policy_gradient=reinforce"], "reinforce is unbiased only"),
         (["rollout.top_p=0.9"], "unbiased only"),
+        (["rollout.teacher_share=0.2"], "unbiased only"),
+        (["rollout.teacher_share=1.2"], "rollout.teacher_share: must be in [0, 1], not 1.2"),
+        (["rollout.reuse.mode=steps"], "unbiased only"),
+        ([*REUSE, "objective.resample=true"], "objective.resample: draws a fresh batch for each critic step"),
+        ([*REUSE, "rollout.reuse.capacity=7"], "rollout.reuse.capacity: 7 does not hold one iteration's 8 sequences"),
+        (
+            ["objective.policy_gradient=per_step", "rollout.reuse.mode=adaptive"],
+            "adaptive follows the held-out distance; set evaluation.prompts",
+        ),
+        (
+            [*REUSE, "rollout.reuse.mode=adaptive", "evaluation.prompts=8", "evaluation.interval=1"],
+            "adaptive alternates with fixed sequences; set rollout.off_policy: data",
+        ),
+        (['rollout.stop_strings=["a", ""]'], "rollout.stop_strings: must not hold an empty text"),
         (["rollout.off_policy=data"], "data needs data.response_field or data.messages_field"),
         (["objective.beta=0", "warmup.steps=1", "rollout.off_policy=data"], "data needs data.response_field"),
         (["evaluation.prompts=1", "data.train=x.jsonl"], "evaluation.prompts: needs data.evaluation"),
@@ -245,6 +262,8 @@ def test_values_out_of_range_and_impossible_combinations(overrides, message):
         ["objective.beta=0", "rollout.off_policy=data"],
         ["rollout.off_policy=data", "data.messages_field=messages"],
         ["warmup.beta=0.5"],
+        [*REUSE, "rollout.reuse.capacity=8"],
+        ["objective.beta=1", "rollout.reuse.mode=steps", "rollout.teacher_share=1"],
         ["objective.critic_steps=0", "training.steps=0", "training.optim.clip_grad=0"],
         ["parallel.sequence_parallel=true", "parallel.tensor_model_parallel_size=2"],
     ],

@@ -15,6 +15,7 @@ import pytest
 
 from megatron_amd.config import DataConfig
 from megatron_amd.data import check_same_vocabulary, load_tokenizer, make_template
+from megatron_amd.data.tokenizer import stopping_rule
 from megatron_amd.errors import InputError
 from tests.small_tokenizers import CHATML, make_hf_tokenizer, make_sentencepiece
 
@@ -95,6 +96,21 @@ def test_saved_files_are_the_same_tokenizer(kind: str, tmp_path: Path, model_fil
     check_same_vocabulary(tokenizer, again)
     assert again.eos_ids == tokenizer.eos_ids
     assert again.has_chat_template == tokenizer.has_chat_template
+
+
+def test_stop_strings(folder: Path, model_file: Path) -> None:
+    for source in (folder, model_file):
+        tokenizer = load_tokenizer(str(source))
+        assert stopping_rule(tokenizer, ()) is None
+        complete = stopping_rule(tokenizer, ("fox", "in April"))
+        assert complete is not None
+        for text, stop in (("The quick brown fox jumps", "fox"), ("A dog in April. Jump", "in April")):
+            tokens = tokenizer.encode(text)
+            first = next(count for count in range(1, len(tokens) + 1) if complete(tokens[:count]))
+            assert stop in tokenizer.decode(tokens[:first])
+            assert stop not in tokenizer.decode(tokens[: first - 1]), "with the token that completes it"
+        assert not complete(tokenizer.encode("The lazy dog in May"))
+        assert complete(tokenizer.encode("word " * 50 + "fox"))
 
 
 def test_saving_keeps_a_generation_config_that_is_there(tmp_path: Path) -> None:
