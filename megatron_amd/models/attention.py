@@ -25,7 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_amd.errors import InputError
-from megatron_amd.models.kv_cache import LayerCache
+from megatron_amd.models.kv_cache import Bundle, LayerCache, Segment
 
 
 class CoreAttention(MegatronModule):
@@ -136,22 +136,44 @@ class CoreAttention(MegatronModule):
         if decoded is not None:
             context[: len(decoded)] = decoded
         first = owner.decoding
-        for row, start, length in owner.segments:
-            end, part = start + length, slice(first, first + length)
-            own_bias = None if bias is None else bias[:, :, part, :end]
-            if start or own_bias is not None:
-                future = torch.ones(length, end, dtype=torch.bool, device=query.device).triu(start + 1)
-                own_bias = forbid(future, own_bias, query.dtype)
-            found = self._attend(
-                query[part].flatten(1, 2).transpose(0, 1).unsqueeze(0),
-                keys[row, :, :end].unsqueeze(0),
-                values[row, :, :end].unsqueeze(0),
-                own_bias,
-                causal=own_bias is None,
-            )
-            context[part] = found[0].transpose(0, 1).flatten(1)
-            first += length
+        for piece in owner.bundles if bias is None else owner.segments:
+            part = slice(first, first + piece.length)
+            if isinstance(piece, Bundle):
+                context[part] = self._read_bundle(piece, query, keys, values)
+            else:
+                own_bias = None if bias is None else bias[:, :, part, : piece.start + piece.length]
+                context[part] = self._read_segment(piece, query[part], keys, values, own_bias)
+            first += piece.length
         return context
+
+    def _read_bundle(self, bundle: Bundle, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """[tokens of the bundle, np * hn]: several prompts from their beginning."""
+        found = self._attend(
+            query[bundle.places].flatten(2, 3).transpose(1, 2),
+            keys[bundle.rows, :, : bundle.longest],
+            values[bundle.rows, :, : bundle.longest],
+            None,
+            causal=True,
+        )
+        return found.transpose(1, 2).flatten(2).flatten(0, 1)[bundle.real]
+
+    def _read_segment(
+        self, segment: Segment, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """[tokens of the segment, np * hn]. bias: [1, np, tokens of the segment, positions up to its end]."""
+        row, start, length = segment
+        end = start + length
+        if start or bias is not None:
+            future = torch.ones(length, end, dtype=torch.bool, device=query.device).triu(start + 1)
+            bias = forbid(future, bias, query.dtype)
+        found = self._attend(
+            query.flatten(1, 2).transpose(0, 1).unsqueeze(0),
+            keys[row, :, :end].unsqueeze(0),
+            values[row, :, :end].unsqueeze(0),
+            bias,
+            causal=bias is None,
+        )
+        return found[0].transpose(0, 1).flatten(1)
 
     def _decode(self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """[D, np * hn]: of the rows that decode, one position each."""

@@ -18,6 +18,8 @@ _BLOCK_ROWS = 8
 """Decoding rows that attend together on a CPU, over as many columns as the longest of them needs."""
 _CALL_POSITIONS = 128
 """Positions to look at in vain that cost a CPU as much as another call: neighbouring blocks that add fewer are one."""
+_PADDING = 1.25
+"""Most that a bundle of prompts may grow by being padded to the longest."""
 
 
 class Segment(NamedTuple):
@@ -27,6 +29,20 @@ class Segment(NamedTuple):
     start: int
     """Position of the first."""
     length: int
+
+
+class Bundle(NamedTuple):
+    """Segments that attend together: neighbouring rows, read from their beginning, of nearly one length."""
+
+    rows: slice
+    length: int
+    """Tokens of all."""
+    longest: int
+    """Tokens of the longest."""
+    places: Tensor
+    """int64 [rows, longest] in the pass; behind a segment's end any of its tokens."""
+    real: Tensor
+    """int64: of rows * longest, those that are tokens."""
 
 
 class _Attention(Protocol):
@@ -73,6 +89,8 @@ class KVCache:
         """Rows that decode in the coming pass: one token each, the first of the T."""
         self.segments: tuple[Segment, ...] = ()
         """What follows them."""
+        self.bundles: list[Bundle | Segment] = []
+        """The same, where nothing is added to the scores."""
         self.span = 0
         """Columns that hold all positions of the rows that decode."""
         self.blocks: list[tuple[slice, int]] = []
@@ -102,12 +120,51 @@ class KVCache:
         for first in range(0, self.first_rows, size):
             block = slice(first, min(first + size, self.first_rows))
             self._add_block(block, max(last.get(row, 0) for row in range(block.start, block.stop)) + 1)
+        self.bundles = list(self._bundled(len(rows)))
         for row, start, length in segments:
             rows += [row] * length
             positions += range(start, start + length)
         rows += [self.rows - 1] * fillers
         positions += [self.max_length - 1] * fillers
         self.row_index, self.positions = torch.tensor([rows, positions], dtype=torch.int64).to(self.device)
+
+    def _bundled(self, first: int) -> Iterator[Bundle | Segment]:
+        """The segments, the first of which has its tokens at place `first`."""
+        waiting: list[Segment] = []
+        for segment in (*self.segments, None):
+            lengths = [s.length for s in waiting] + ([segment.length] if segment else [])
+            follows = segment and (not waiting or segment.row == waiting[-1].row + 1) and not segment.start
+            if follows and len(lengths) * max(lengths) <= _PADDING * sum(lengths):
+                assert segment is not None
+                waiting.append(segment)
+                continue
+            if waiting:
+                yield self._bundle(waiting, first)
+                first += sum(s.length for s in waiting)
+            waiting = []
+            if segment is not None and segment.start:
+                yield segment
+                first += segment.length
+            elif segment is not None:
+                waiting = [segment]
+
+    def _bundle(self, segments: Sequence[Segment], first: int) -> Bundle | Segment:
+        if len(segments) == 1:
+            return segments[0]
+        longest, end = max(s.length for s in segments), first
+        places: list[list[int]] = []
+        real: list[int] = []
+        for number, (_, _, length) in enumerate(segments):
+            places.append([end + min(column, length - 1) for column in range(longest)])
+            real += range(number * longest, number * longest + length)
+            end += length
+        return Bundle(
+            slice(segments[0].row, segments[-1].row + 1),
+            end - first,
+            longest,
+            torch.tensor(places, dtype=torch.int64).to(self.device),
+            torch.tensor(real, dtype=torch.int64).to(self.device),
+        )
 
     def _add_block(self, block: slice, span: int) -> None:
         if self.blocks:

@@ -394,7 +394,7 @@ def draw(
     """
     places = torch.tensor(coming.drawn, dtype=torch.int64).to(layout.device)
     heads = [generator.head for generator in generators if generator.head is not None]
-    logits = [head(output[places, 0]).float() for output, head in zip(outputs, heads, strict=True)]
+    logits = [head(output[places, 0]) for output, head in zip(outputs, heads, strict=True)]
     rows = heads[0].weight.shape[0]
     start = layout.tp_rank * rows
     forbidden = None

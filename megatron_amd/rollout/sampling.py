@@ -10,7 +10,7 @@ Shapes: b rows, V_local vocabulary entries on this rank, V over all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,8 @@ _FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 _SECOND = 0x94D049BB133111EB - (1 << 64)
 _BLOCK = 256
 """Vocabulary entries whose probabilities are summed before the search looks inside."""
+_CPU_NUMBERS = 2**18
+"""Logits that a CPU turns into probabilities together: as many as its cache holds."""
 _CANDIDATES = 512
 """Likeliest entries per shard that top-p looks at first."""
 
@@ -94,7 +96,7 @@ def sample_tokens(
     float32 probabilities.
 
     Args:
-        logits: float32 [b, V_local].
+        logits: [b, V_local].
         uniforms: float64 [b], in (0, 1), the same on every rank.
         vocab_size: real entries over all ranks.
         shard_start: vocabulary id of this rank's first entry.
@@ -111,10 +113,9 @@ def sample_tokens(
     """
     if group is not None and group.size() == 1:
         group = None
-    centered = _center(logits, vocab_size, shard_start, group)
     if temperature == 1 and not top_k and top_p == 1 and not min_p and forbidden is None:
-        tokens, weight, total = _invert_cdf(centered.exp_(), uniforms, vocab_size, shard_start, group)
-        return tokens, (weight.log() - total.log()).float()
+        return _sample_softmax(logits, uniforms, vocab_size, shard_start, group)
+    centered = _center(logits, vocab_size, shard_start, group)
     choices = centered
     if forbidden is not None:
         choices = _center(logits.masked_fill(forbidden, -torch.inf), vocab_size, shard_start, group)
@@ -128,8 +129,36 @@ def sample_tokens(
             weights = _keep_top_p(weights, top_p, group)
         if min_p > 0:
             weights = weights.masked_fill(weights < min_p, 0.0)  # the likeliest weighs 1
-        tokens, _, _ = _invert_cdf(weights, uniforms, vocab_size, shard_start, group)
+        blocks = _in_blocks(weights)
+        rows = torch.arange(len(blocks), device=blocks.device)
+        tokens, _, _ = _invert_cdf(
+            blocks.sum(2).double(), lambda block: blocks[rows, block], uniforms, vocab_size, shard_start, group
+        )
     return tokens, _log_probs(centered, tokens, shard_start, group)
+
+
+def _sample_softmax(
+    logits: Tensor, uniforms: Tensor, vocab_size: int, shard_start: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probabilities of the softmax itself, whose probabilities never exist all at once."""
+    real = max(vocab_size - shard_start, 0)
+    peak = max_over_group(local_max(logits[:, :real]).float(), group)[:, None]
+
+    rows, size = logits.shape
+    sums = torch.zeros(rows, -(-size // _BLOCK), dtype=torch.float64, device=logits.device)
+    count = max(1, _CPU_NUMBERS // size) if logits.device.type == "cpu" else max(1, rows)
+    for first in range(0, rows, count):
+        part = slice(first, first + count)
+        found = _in_blocks((logits[part, :real] - peak[part]).exp_()).sum(2)
+        sums[part, : found.shape[1]] = found
+
+    def inside(block: Tensor) -> Tensor:
+        places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=block.device)
+        weights = (logits.gather(1, places.clamp(max=size - 1)) - peak).exp_()
+        return weights.masked_fill_(places >= real, 0.0)
+
+    tokens, weight, total = _invert_cdf(sums, inside, uniforms, vocab_size, shard_start, group)
+    return tokens, (weight.log() - total.log()).float()
 
 
 def mixture(
@@ -145,7 +174,7 @@ def mixture(
 
     The arguments are those of `sample_tokens`, with temperature 0 taken for 1.
     """
-    mixed = torch.zeros_like(logits[0])
+    mixed = torch.zeros_like(logits[0], dtype=torch.float32)
     for own, share in zip(logits, shares, strict=True):
         weights = (_center(own, vocab_size, shard_start, group) / (temperature or 1.0)).exp_()
         total = sum_over_group(weights.sum(1, dtype=torch.float64), group)
@@ -170,8 +199,8 @@ def _log_probs(centered: Tensor, tokens: Tensor, shard_start: int, group: dist.P
 def _center(logits: Tensor, vocab_size: int, shard_start: int, group: dist.ProcessGroup | None) -> Tensor:
     """A copy less each row's largest, padding -inf."""
     real = max(vocab_size - shard_start, 0)
-    peak = max_over_group(local_max(logits[:, :real]), group)
-    centered = logits - peak[:, None]
+    peak = max_over_group(local_max(logits[:, :real]).float(), group)
+    centered = logits.float() - peak[:, None]
     centered[:, real:] = -torch.inf
     return centered
 
@@ -224,25 +253,37 @@ def _keep_top_p(weights: Tensor, top_p: float, group: dist.ProcessGroup | None) 
     return weights.masked_fill(weights < threshold, 0.0)
 
 
-def _invert_cdf(
-    weights: Tensor, uniforms: Tensor, vocab_size: int, shard_start: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The id whose stretch of the cumulated weights [b, V_local] holds `uniforms` times their total.
+def _in_blocks(weights: Tensor) -> Tensor:
+    """[b, n] -> [b, blocks, 256], zeros at the end."""
+    missing = -weights.shape[1] % _BLOCK
+    if missing:
+        weights = torch.nn.functional.pad(weights, (0, missing))
+    return weights.view(len(weights), weights.shape[1] // _BLOCK, _BLOCK)
 
-    Also that id's weight and the total, float64 [b].
+
+def _invert_cdf(
+    block_sums: Tensor,
+    inside: Callable[[Tensor], Tensor],
+    uniforms: Tensor,
+    vocab_size: int,
+    shard_start: int,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The id whose stretch of the cumulated weights holds `uniforms` times their total, in the order of the ids.
+
+    Args:
+        block_sums: float64 [b, blocks], of the weights of this rank's entries in blocks of 256.
+        inside: block [b] -> the weights in it, [b, 256].
+
+    Returns:
+        Ids, their weights and the totals, float64 [b].
     """
-    rows, size = weights.shape
-    blocks = -(-size // _BLOCK)
-    if size % _BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, blocks * _BLOCK - size))
-    weights = weights.view(rows, blocks, _BLOCK)
-    block_sums = weights.sum(dim=2).double()
     shard_ends = _gather(block_sums.sum(dim=1, keepdim=True), group).cumsum(dim=1)
     shard, rest = _find(shard_ends, uniforms * shard_ends[:, -1])
     block, rest = _find(block_sums.cumsum(dim=1), rest)
-    inside = weights[torch.arange(rows, device=weights.device), block].double()
-    entry, _ = _find(inside.cumsum(dim=1), rest)
-    weight = inside.gather(1, entry[:, None])[:, 0]
+    weights = inside(block).double()
+    entry, _ = _find(weights.cumsum(dim=1), rest)
+    weight = weights.gather(1, entry[:, None])[:, 0]
     ids = (block * _BLOCK + entry + shard_start).clamp(max=vocab_size - 1)
     if group is None:
         return ids, weight, shard_ends[:, -1]

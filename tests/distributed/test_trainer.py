@@ -227,7 +227,11 @@ def test_stop_strings_end_responses(files: Any, tmp_path: Path) -> None:
     text = tokenizer.decode(max((tokens for _, tokens in free), key=len))
     stop = next(letter for letter in text[2:] if letter.isascii() and letter.isalnum())
     seen = run(
-        files, tmp_path / "stop", "rollout.max_response_length=24", "training.steps=1", f"rollout.stop_strings=['{stop}']"
+        files,
+        tmp_path / "stop",
+        "rollout.max_response_length=24",
+        "training.steps=1",
+        f"rollout.stop_strings=['{stop}']",
     )
     stopped = 0
     for (prompt, tokens), (same_prompt, whole) in zip(seen.responses, free, strict=True):

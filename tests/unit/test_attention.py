@@ -7,7 +7,7 @@ import torch
 
 from megatron_amd.errors import InputError
 from megatron_amd.models.attention import CoreAttention
-from megatron_amd.models.kv_cache import Segment, kv_cache
+from megatron_amd.models.kv_cache import Bundle, Segment, kv_cache
 
 # isort: split
 from megatron.core.transformer.enums import AttnMaskType
@@ -160,6 +160,31 @@ def test_flat_passes_equal_full_forward(heads, groups, with_bias):
     sequences[1] = 0
     check([(0, 5)], [(1, 0, 5)])
     assert attention.cache is None
+
+
+def test_prompts_of_nearly_one_length_are_read_together():
+    """As bundles, padded or not; others by themselves, in the order of their tokens."""
+    total, heads, groups = 9, 6, 2
+    attention = make_attention(heads, groups).eval()
+    query, key, value = (tensor.detach() for tensor in make_inputs(total, total, 8, heads, groups))
+    expected = literal_attention(query, key, value, lower_triangle(total), None)
+    cache = kv_cache(attention, 8, total, torch.device("cpu"))
+    segments = [
+        Segment(0, 0, 1), Segment(1, 0, 8), Segment(2, 0, 7), Segment(3, 0, 9), Segment(4, 2, 3), Segment(5, 0, 2),
+        Segment(6, 0, 2),
+    ]  # fmt: skip
+    cache.expect([], [Segment(4, 0, 2)])  # what the fifth segment looks back on
+    with cache.attached():
+        attention(*(tensor[:2, 4].unsqueeze(1) for tensor in (query, key, value)), None)
+    cache.expect([(7, 0)], segments)
+    kinds = [(piece.rows if isinstance(piece, Bundle) else piece.row) for piece in cache.bundles]
+    assert kinds == [0, slice(1, 4), 4, slice(5, 7)]
+    assert [piece.length for piece in cache.bundles] == [1, 24, 3, 4]
+    tokens = [(7, 0)] + [(row, start + i) for row, start, count in segments for i in range(count)]
+    rows, positions = (torch.tensor(column) for column in zip(*tokens, strict=True))
+    with cache.attached():
+        output = attention(*(tensor[positions, rows].unsqueeze(1) for tensor in (query, key, value)), None)
+    torch.testing.assert_close(output[:, 0], expected[positions, rows], rtol=1e-12, atol=1e-12)
 
 
 def test_cache_is_taken_off_after_an_error():
