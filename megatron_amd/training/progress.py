@@ -164,10 +164,11 @@ class ResponsesLine(LiveLine):
     def show(self, count: int, tokens: int) -> None:
         """Note how many responses are complete, and their tokens; shown from time to time."""
         now = time.monotonic()
-        if now - self._shown < self._interval:
+        is_last = self._live and count == self._total
+        if now - self._shown < self._interval and not is_last:
             return
         self._shown = now
-        seconds = now - self._began
+        seconds = max(now - self._began, 1e-3)
         texts = [
             self._place,
             f"responses {count:,}/{self._total:,}",
