@@ -125,7 +125,6 @@ def _generate(run: Config, options: argparse.Namespace) -> int:
     if dist.get_rank() == 0 and share:
         place = f"replica 0 of {layout.dp_size}" if layout.dp_size > 1 else ""
         line = ResponsesLine(sys.stderr, count, place)
-    rollout = config.rollout
     began = time.monotonic()
     try:
         done = write_responses(
@@ -134,15 +133,9 @@ def _generate(run: Config, options: argparse.Namespace) -> int:
             vocab_size=plan.vocab_size,
             report=None if line is None else line.show,
             seed=noise_seed(config.run.seed, role),
-            max_response_length=rollout.max_response_length,
-            min_response_length=rollout.min_response_length,
-            temperature=rollout.temperature,
-            top_k=rollout.top_k,
-            top_p=rollout.top_p,
-            min_p=rollout.min_p,
-            batch_size=rollout.batch_size,
-            pass_tokens=rollout.pass_tokens,
-            cache_tokens=rollout.cache_tokens,
+            batch_size=config.rollout.batch_size,
+            pass_tokens=config.rollout.pass_tokens,
+            cache_tokens=config.rollout.cache_tokens,
         )  # fmt: skip
     finally:
         if line is not None:
@@ -152,13 +145,10 @@ def _generate(run: Config, options: argparse.Namespace) -> int:
 
 
 def _header(config: Config, options: argparse.Namespace, tokenizer: Tokenizer, dataset: PromptDataset) -> Header:
-    from megatron_amd.data.response_files import Header
+    from megatron_amd.data.response_files import SAMPLING, Header
     from megatron_amd.training.model_hash import model_hash
 
-    model, rollout = getattr(config, options.role), config.rollout
-    names = (
-        "max_response_length", "samples_per_prompt", "temperature", "top_k", "top_p", "min_p", "min_response_length"
-    )  # fmt: skip
+    model = getattr(config, options.role)
     return Header(
         model={
             "path": model.path or "from scratch",
@@ -168,7 +158,7 @@ def _header(config: Config, options: argparse.Namespace, tokenizer: Tokenizer, d
         tokenizer={"source": tokenizer.source, "hash": tokenizer.fingerprint()},
         data={"path": str(config.data.train), "rows": len(dataset), "fingerprint": dataset.fingerprint},
         sampling={
-            **{name: getattr(rollout, name) for name in names},
+            **{name: getattr(config.rollout, name) for name in SAMPLING},
             "seed": config.run.seed,
             "precision": config.training.precision,
         },

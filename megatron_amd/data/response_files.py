@@ -21,6 +21,10 @@ from megatron_amd.errors import InputError
 HEADER = "header.json"
 FORMAT = 1
 """Version of the files' layout; a newer one is refused."""
+SAMPLING = (
+    "max_response_length", "min_response_length", "samples_per_prompt", "temperature", "top_k", "top_p", "min_p"
+)  # fmt: skip
+"""The settings of `rollout` that responses depend on, which are also arguments of `generate`."""
 
 _AGAIN = "run tools/generate.py again"
 _REMOVE = f"remove the file and {_AGAIN}"
@@ -37,7 +41,7 @@ class Header:
     data: dict[str, Any]
     """`fingerprint` of the prompts, number of usable `rows`, and `path`."""
     sampling: dict[str, Any]
-    """The settings of `rollout` that responses depend on, `seed` and `precision`."""
+    """The settings `SAMPLING`, the run's `seed` and `precision`."""
     shard_size: int
     """Prompts in a shard."""
     format: int = FORMAT
@@ -72,7 +76,7 @@ class Header:
             "model": {name: self.model[name] for name in ("role", "hash")},
             "tokenizer": {"hash": self.tokenizer["hash"]},
             "data": {name: self.data[name] for name in ("fingerprint", "rows")},
-            "sampling": self.sampling,
+            "sampling": {name: self.sampling[name] for name in (*SAMPLING, "seed", "precision")},
             "shard_size": self.shard_size,
         }
 
@@ -95,7 +99,8 @@ def read_header(folder: Path) -> Header:
                 f"{file}: was written by a newer megatron_amd, in format {values['format']}; update this one"
             )
         header = Header(**{known.name: values[known.name] for known in fields(Header)})
-        header.causes(), range(header.samples), range(header.shards)  # all that is looked at is there and a number
+        header.causes()  # raises where one is missing
+        header.file_name(0)  # or is no number
         return header
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f"{file}: is damaged ({error!r}); restore it, or generate into another folder") from None

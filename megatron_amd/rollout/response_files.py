@@ -18,7 +18,7 @@ from megatron_amd.batch import Prompts
 from megatron_amd.checkpoint.folder import sync, write
 from megatron_amd.checkpoint.store import differences
 from megatron_amd.data import PromptDataset, Tokenizer
-from megatron_amd.data.response_files import HEADER, Header, read_header
+from megatron_amd.data.response_files import HEADER, SAMPLING, Header, read_header
 from megatron_amd.distributed.initialize import agreed, apart
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
@@ -101,7 +101,7 @@ def write_responses(
         shards: the same on all ranks of the replica.
         vocab_size: real entries of the vocabulary.
         report: told how many responses of the replica are complete, and their tokens.
-        settings: go to `generate`.
+        settings: go to `generate`, beside those of the header.
 
     Raises:
         InputError: rows cannot be read or shards not written, on any replica. The others then end what they are at.
@@ -125,8 +125,8 @@ def write_responses(
                 layout=layout,
                 vocab_size=vocab_size,
                 eos_ids=tokenizer.eos_ids,
-                samples_per_prompt=header.samples,
                 report=report_all,
+                **{name: header.sampling[name] for name in SAMPLING},
                 **settings,
             )
             assert rollouts.log_probs is not None

@@ -24,7 +24,10 @@ from tests.small_tokenizers import make_hf_tokenizer, make_sentencepiece
 from tests.tiny_run import TEACHER, save_model
 
 ROWS, SAMPLES, SHARD_SIZE, VOCAB = (0, 2, 3, 5, 8), 2, 2, 90
-SAMPLING = {"samples_per_prompt": SAMPLES, "max_response_length": 10, "temperature": 1.0, "seed": 7}
+SAMPLING = {
+    "samples_per_prompt": SAMPLES, "max_response_length": 10, "min_response_length": 0, "temperature": 1.0, "top_k": 0,
+    "top_p": 1.0, "min_p": 0.0, "seed": 7, "precision": "fp32",
+}  # fmt: skip
 HEADER_OF_THREE = Header(
     model={"path": "models/teacher", "role": "teacher", "hash": "1" * 64},
     tokenizer={"source": "models/teacher", "hash": "2" * 64},
@@ -106,7 +109,8 @@ def test_a_header_comes_back_as_it_was(tmp_path: Path) -> None:
             dataclasses.replace(HEADER_OF_THREE, shard_size=0).to_json(),
             "{0}/header.json: is damaged (ZeroDivisionError",
         ),
-        (dataclasses.replace(HEADER_OF_THREE, sampling={}).to_json(), "{0}/header.json: is damaged (KeyError('sam"),
+        (dataclasses.replace(HEADER_OF_THREE, sampling={}).to_json(), "{0}/header.json: is damaged (KeyError('max_r"),
+        (dataclasses.replace(HEADER_OF_THREE, shard_size="2").to_json(), "{0}/header.json: is damaged (TypeError("),
     ],
 )
 def test_a_header_that_cannot_be_used_is_named(tmp_path: Path, text: str | None, message: str) -> None:
