@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -38,6 +39,9 @@ SAMPLES = 2
 SHARDS = [f"responses-{shard:05}-of-00004.jsonl" for shard in range(4)]
 
 
+Fault = Callable[..., contextlib.AbstractContextManager]
+
+
 class Ended(NamedTuple):
     """How the program ended on a rank."""
 
@@ -62,7 +66,7 @@ def join(config: Config) -> Layout:
     return layout
 
 
-def run_rank(arguments: Sequence[str], fault: Callable[[], contextlib.AbstractContextManager] | None) -> Ended:
+def run_rank(arguments: Sequence[str], fault: Fault | None) -> Ended:
     """The program on this rank, as torchrun starts it."""
     os.environ |= {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     os.environ["LOCAL_RANK"] = os.environ["RANK"]
@@ -82,7 +86,7 @@ def run_tool(
     output: Path,
     *overrides: str,
     ranks: int = 1,
-    fault: Callable[[], contextlib.AbstractContextManager] | None = None,
+    fault: Fault | None = None,
 ) -> list[Ended]:
     fixed = ["--config", str(reference_folder / "run.yaml"), "--output", str(output), "--shard-size", "3"]
     return run_distributed(run_rank, ranks, [*fixed, f"rollout.samples_per_prompt={SAMPLES}", *overrides], fault)
@@ -173,69 +177,78 @@ def test_the_student_responds_with_its_own_noise_and_the_runs_tokenizer(referenc
     assert all(a["tokens"] == b["tokens"] for a, b in zip(lines[::2], lines[1::2], strict=True)), "greedy"
 
 
-def full_disk(rank: int, *, after_others: bool = False) -> Callable[[], contextlib.AbstractContextManager]:
-    """Rank `rank` cannot write a shard. after_others: and only tries when another rank has written one."""
+def wait_for(found: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 60
+    while not found() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def full_disk(rank: int, output: Path) -> Iterator[None]:
+    """Rank `rank` cannot write a shard; a second replica tries when the first has written one."""
 
     def write(file: Path, content: bytes) -> None:
         if "responses" in file.name and dist.get_rank() == rank:
-            deadline = time.monotonic() + 60
-            while after_others and not list(file.parent.glob("responses-*")) and time.monotonic() < deadline:
-                time.sleep(0.01)
+            wait_for(lambda: rank == 0 or list(output.glob("responses-*")))
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         file.write_bytes(content)
 
-    return lambda: mock.patch.object(response_files, "write", write)
+    with mock.patch.object(response_files, "write", write):
+        yield
 
 
-def unreadable(rank: int) -> Callable[[], contextlib.AbstractContextManager]:
-    """Rank `rank` cannot read its rows."""
-    read = PromptDataset.prompts
+@contextlib.contextmanager
+def unreadable(rank: int, output: Path) -> Iterator[None]:
+    """Rank `rank` cannot read its rows, when the other has read some and before it has written them."""
+    read, begun, failing = PromptDataset.prompts, output.with_name("begun"), output.with_name("failing")
 
     def prompts(self: PromptDataset, *args: Any) -> Any:
         if dist.get_rank() == rank:
+            wait_for(begun.exists)
+            failing.touch()
             raise OSError(errno.EIO, os.strerror(errno.EIO), "train.jsonl")
+        begun.touch()
         return read(self, *args)
 
-    return lambda: mock.patch.object(PromptDataset, "prompts", prompts)
+    def write(file: Path, content: bytes) -> None:
+        if "responses" in file.name:
+            wait_for(failing.exists)
+            time.sleep(1)
+        file.write_bytes(content)
+
+    with mock.patch.object(PromptDataset, "prompts", prompts), mock.patch.object(response_files, "write", write):
+        yield
 
 
 @pytest.mark.parametrize(
-    ("fault", "overrides", "says", "wrote"),
+    ("fault", "overrides", "says", "written"),
     [
-        (
-            full_disk(1, after_others=True),
-            [],
-            ": cannot be written (No space left on device); mend that, and the same command",
-            True,
-        ),
-        (unreadable(1), [], "error: train.jsonl: Input/output error; mend it and start again", None),
-        (unreadable(1), ["parallel.tensor_model_parallel_size=2"], "error: train.jsonl: Input/output error", False),
-        (full_disk(0), ["parallel.pipeline_model_parallel_size=2"], "00000-of-00004.jsonl: cannot be written", False),
+        (partial(full_disk, 1), [], ": cannot be written (No space left on device); mend that, and the same", {1, 2}),
+        (partial(unreadable, 1), [], "error: train.jsonl: Input/output error; mend it and start again", {1}),
+        (partial(unreadable, 1), ["parallel.tensor_model_parallel_size=2"], "error: train.jsonl: Input/output", {0}),
+        (partial(full_disk, 0), ["parallel.pipeline_model_parallel_size=2"], "00000-of-00004.jsonl: cannot be", {0}),
     ],
     ids=["disk-of-a-replica", "data-of-a-replica", "data-of-a-tensor-rank", "disk-of-a-stage"],
 )
 def test_a_rank_that_fails_ends_all_with_one_line(
-    reference: Reference,
-    tmp_path: Path,
-    fault: Callable[[], contextlib.AbstractContextManager],
-    overrides: list[str],
-    says: str,
-    wrote: bool | None,
+    reference: Reference, tmp_path: Path, fault: Fault, overrides: list[str], says: str, written: set[int]
 ) -> None:
-    ended = run_tool(reference.folder, tmp_path / "out", *overrides, ranks=2, fault=fault)
+    """The other replica ends the shard that it is at, and begins none."""
+    output = tmp_path / "out"
+    ended = run_tool(reference.folder, output, *overrides, ranks=2, fault=partial(fault, output))
     assert [end.status for end in ended] == [2, 2]
     assert [end.stdout for end in ended] == ["", ""]
     assert ended[1].stderr == ""
     assert ended[0].stderr.startswith("error: ")
     assert says in ended[0].stderr
     assert ended[0].stderr.count("\n") == 1
-    shards = [path for path in (tmp_path / "out").iterdir() if path.name != "header.json"]
-    assert wrote is None or bool(shards) == wrote
+    shards = [path for path in output.iterdir() if path.name != "header.json"]
+    assert len(shards) in written
     for shard in shards:
         assert shard.read_bytes() == (reference.output / shard.name).read_bytes()
-    [again] = run_tool(reference.folder, tmp_path / "out")
+    [again] = run_tool(reference.folder, output)
     assert again.status == 0
-    assert {line["row"] for line in lines_of(tmp_path / "out")} == set(range(len(PROMPTS)))
+    assert {line["row"] for line in lines_of(output)} == set(range(len(PROMPTS)))
 
 
 def test_replicas_stop_after_their_shard_when_another_has_failed() -> None:

@@ -324,3 +324,16 @@ def test_large_files_are_sampled_from_end_to_end(tmp_path: Path) -> None:
     index = {"weight_map": {"model.weight": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert model_hash(settings, "teacher", 1) == known
+
+
+def test_all_of_a_long_head_counts(tmp_path: Path) -> None:
+    """A tensor's other name, behind the first sample and before the second."""
+    folder = save_model(tmp_path / "model", TEACHER, 300, seed=1)
+    file = folder / "model.safetensors"
+    weights = {f"w{number:05}.weight": torch.zeros(1) for number in range(3000)}
+    save_file({"a": torch.zeros(2**20), **weights}, file)
+    known = model_hash(ModelConfig(path=str(folder)), "teacher", 1)
+    content = file.read_bytes()
+    assert 65536 < content.index(b"w01500") < (len(content) - 65536) // 15
+    file.write_bytes(content.replace(b"w01500", b"x01500"))
+    assert model_hash(ModelConfig(path=str(folder)), "teacher", 1) != known
