@@ -31,7 +31,7 @@ class Prompts:
     tokens: tuple[tuple[int, ...], ...]
     """Token ids of each prompt."""
     responses: tuple[tuple[int, ...], ...] | None = None
-    """Gold response tokens, EOS included, where the data has them."""
+    """Response tokens, EOS included, where the data or files of responses have them."""
     texts: tuple[str, ...] | None = None
     """The raw prompt texts, for showing."""
 

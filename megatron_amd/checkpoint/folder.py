@@ -76,13 +76,13 @@ def publish(directory: Path, partial: Path) -> Path:
     """Give the complete folder its name. Where one of that name exists, there is always one of the two."""
     path = directory / partial.name.removeprefix(".tmp-")
     for folder in (partial, *filter(Path.is_dir, partial.iterdir())):
-        _sync(folder)
+        sync(folder)
     if path.exists():
         replaced = directory / f".replaced-{path.name}"
         _remove(replaced)
         path.rename(replaced)
     partial.rename(path)
-    _sync(directory)
+    sync(directory)
     return path
 
 
@@ -111,7 +111,8 @@ def write(file: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Put a folder's list of names onto the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

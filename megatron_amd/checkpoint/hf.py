@@ -170,6 +170,10 @@ class WeightFiles:
         except (SafetensorError, OSError) as error:
             raise _corrupt(file, error) from error
 
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self._file_of.values()))
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise unless there is a tensor `name` of this shape."""
         self._tensor(name, shape)

@@ -116,6 +116,23 @@ class PromptDataset:
         """Rows whose prompt lost tokens at its beginning."""
         self.has_responses: bool = scan.without_response == 0
         """Whether every row has a gold response; otherwise none is given."""
+        self._responses: Callable[[int, int], Sequence[int]] | None = None
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """Number of each usable row in the whole data set."""
+        return self._rows.tolist()
+
+    def use_responses(self, tokens: Callable[[int, int], Sequence[int]], fingerprint: str, longest: int) -> None:
+        """Give responses from elsewhere in the place of the rows' own.
+
+        Args:
+            tokens: the response to the row at a position in its visit number so and so.
+            fingerprint: of the responses, to become a part of the data set's.
+            longest: they are cut to so many tokens.
+        """
+        self._responses = lambda position, visit: tokens(position, visit)[:longest]
+        self.fingerprint = f"{self.fingerprint}-{fingerprint}"
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -125,7 +142,11 @@ class PromptDataset:
         that are not used included, so that they do not depend on what is skipped."""
         rows = [int(self._rows[position]) for position in positions]
         examples = [self._example(row) for row in rows]
-        responses = tuple(tuple(e.response or ()) for e in examples) if self.has_responses else None
+        responses = None
+        if self._responses is not None:
+            responses = tuple(tuple(self._responses(*place)) for place in zip(positions, visits, strict=True))
+        elif self.has_responses:
+            responses = tuple(tuple(e.response or ()) for e in examples)
         return Prompts(
             ids=tuple(rows),
             visits=tuple(visits),

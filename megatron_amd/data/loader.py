@@ -67,8 +67,8 @@ class PromptLoader:
         """Go to a saved position. Raises InputError when it was saved with other data."""
         if state["fingerprint"] != self._dataset.fingerprint:
             raise InputError(
-                "data.train: rows, tokenizer or template differ from those of the checkpoint; resume with the same "
-                "data settings, or start in another run.directory"
+                "data.train: rows, tokenizer, template or responses differ from those of the checkpoint; resume with "
+                "the same data settings, or start in another run.directory"
             )
         self._consumed = int(state["consumed"])
 

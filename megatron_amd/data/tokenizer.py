@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -75,6 +76,11 @@ class Tokenizer(abc.ABC):
 
         Raises InputError when there is no template or it refuses the messages.
         """
+
+    def fingerprint(self) -> str:
+        """Changes with any id's token and with the ids that end a response."""
+        tokens = [self.token(id) for id in range(self.vocab_size)]
+        return hashlib.sha256(json.dumps([tokens, sorted(self.eos_ids)]).encode()).hexdigest()
 
     def save_files(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into an existing folder. Files are copied byte by byte, so a tokenizer does not

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from megatron_amd.config import Config
 from megatron_amd.data.hub import first_line
 from megatron_amd.distributed.layout import Layout, build_layout, check_world_size
 from megatron_amd.errors import InputError
+
+_PATIENCE = datetime.timedelta(days=365)
+"""How long a replica waits for the slowest one's work. A rank that dies ends the wait at once."""
 
 
 def world_size_from_environment() -> int:
@@ -95,10 +98,13 @@ def shutdown() -> None:
 
 
 @contextlib.contextmanager
-def agreed() -> Iterator[None]:
+def agreed(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Raise on every rank what the user must mend on any, so that no rank waits for one that has stopped.
 
     Wraps work in which one rank may fail alone, such as reading or writing files. Collective on exit.
+
+    Args:
+        group: the ranks that must agree; unset: all.
 
     Raises:
         InputError: the message of the lowest rank that failed, `on_all_ranks`.
@@ -111,11 +117,36 @@ def agreed() -> Iterator[None]:
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}; mend it and start again"
     messages: list[Any] = [message]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        messages = [None] * dist.get_world_size(group)
+        dist.all_gather_object(messages, message, group=group)
     for text in messages:
         if text is not None:
             shared = InputError(text)
             shared.on_all_ranks = True
             raise shared
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[Callable[[], None]]:
+    """For replicas that work on their own for as long as it takes them: all leave together, with one outcome.
+
+    Yields a function that raises InputError where another replica has failed; call it between two pieces of work.
+    What may fail on one rank of a replica must be `agreed` within it. Collective at the beginning and the end.
+
+    Raises:
+        InputError: what a replica failed with, `on_all_ranks`, when all have come to an end.
+    """
+    everyone = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    store = dist.PrefixStore("apart", dist.distributed_c10d._get_default_store())  # there is no public way to it
+
+    def check_others() -> None:
+        if store.check(["failure"]):
+            raise InputError(store.get("failure").decode())
+
+    with agreed(everyone):
+        try:
+            yield check_others
+        except InputError as error:
+            store.set("failure", str(error))
+            raise

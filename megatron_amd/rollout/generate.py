@@ -92,6 +92,7 @@ def generate(
     cache_tokens: int | None = None,
     mixed_with: tuple[nn.Module, float] | None = None,
     is_complete: Callable[[Sequence[int]], bool] | None = None,
+    report: Callable[[int, int], None] | None = None,
 ) -> Rollouts:
     """Sample responses to this replica's prompts. Collective over the replica's tensor and pipeline ranks.
 
@@ -121,6 +122,7 @@ def generate(
         mixed_with: (another model of the same layout and vocabulary, its share): tokens are drawn from
             (1 - share) * model + share * other, both at `temperature`.
         is_complete: told a response's tokens so far, whether it ends here (stop strings).
+        report: told, at each response that is complete, how many are and their tokens in all.
 
     Returns:
         Rollouts of len(prompts) * samples_per_prompt rows, in the order of `prompts.repeat(samples_per_prompt)`, with
@@ -178,7 +180,14 @@ def generate(
             Pool(queue, size, [generator.caches[number] for generator in generators], pass_tokens, ended)
             for number, size in enumerate(sizes)
         ]
-        complete = sorted(run(generators, pools, layout, sampling, noise), key=lambda response: response.number)
+        complete: list[Response] = []
+        tokens = 0
+        for response in run(generators, pools, layout, sampling, noise):
+            complete.append(response)
+            tokens += len(response.tokens)
+            if report is not None:
+                report(len(complete), tokens)
+    complete.sort(key=lambda response: response.number)
     return Rollouts.from_lists(
         rows.tokens,
         [response.tokens for response in complete],

@@ -73,9 +73,9 @@ def student_responses(players: Players, prompts: Prompts, eos_ids: tuple[int, ..
 
 
 def off_policy_responses(players: Players, prompts: Prompts, eos_ids: tuple[int, ...]) -> Rollouts:
-    """Off-policy responses: sampled from the teacher at temperature 1, or the data's."""
+    """Off-policy responses: sampled from the teacher at temperature 1, or those that came with the prompts."""
     r = players.config.rollout
-    if r.off_policy == "data":
+    if r.off_policy != "teacher":
         assert prompts.responses is not None
         return Rollouts.from_lists(prompts.tokens, prompts.responses, players.layout.device)
     return respond(players, players.teacher, prompts, eos_ids, "teacher", max_response_length=r.max_response_length)

@@ -220,8 +220,8 @@ def _sizes(trunk: Architecture) -> list[str]:
 def _batch(plan: RunPlan) -> str:
     config, batch = plan.config, plan.batch
     off, on = batch.off_policy * plan.data, batch.on_policy * plan.data
-    source = "from the teacher" if config.rollout.off_policy == "teacher" else "from the data"
-    kinds = [f"{off:,} off-policy ({source})"] if off else []
+    source = {"teacher": "the teacher", "data": "the data", "file": "files"}[config.rollout.off_policy]
+    kinds = [f"{off:,} off-policy (from {source})"] if off else []
     kinds += [f"{on:,} on-policy (from the student)"] if on else []
     prompt, response = config.data.max_prompt_length, batch.response_length
     tokens = (off + on) * (prompt + response)

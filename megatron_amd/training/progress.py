@@ -14,6 +14,7 @@ _BAR_CELLS = 20
 _TIMED_ITERATIONS = 20  # time left follows the pace of this many iterations
 _WORDS = ((" off", True), (" on", True))  # on a narrow terminal these go before any number does
 _WORDS_DROP = 7
+_LIVE_SECONDS, _PLAIN_SECONDS = 0.2, 10.0  # between two updates of a line that could be updated all the time
 
 
 class _Field(NamedTuple):
@@ -27,11 +28,11 @@ class _Field(NamedTuple):
         return "".join(text for text, _ in self.pieces)
 
 
-class ProgressLine:
-    """Phase, iteration, d_MM, tightness, KL, speed and time left, in fixed columns.
+class LiveLine:
+    """A line of fields that rewrites itself in place, cut to the terminal's width.
 
-    On a terminal the line rewrites itself in place and is cut to the terminal's width; elsewhere (a file, a pipe,
-    TERM=dumb) each update is a line of its own. NO_COLOR turns dim labels off.
+    Where the stream is no terminal (a file, a pipe, TERM=dumb) each update is a line of its own. NO_COLOR turns dim
+    labels off.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -40,25 +41,6 @@ class ProgressLine:
         self._colour = self._live and not os.environ.get("NO_COLOR")
         self._unicode = "utf" in (getattr(stream, "encoding", None) or "").lower()
         self._fields: list[_Field] = []
-        self._phase = ""
-        self._stamps: deque[tuple[int, float]] = deque(maxlen=_TIMED_ITERATIONS + 1)
-
-    def tick(self, phase: str, iteration: int) -> None:
-        """Note that `iteration` has ended now; the time left is estimated from these notes."""
-        if phase != self._phase:
-            self._phase = phase
-            self._stamps.clear()
-        self._stamps.append((iteration, time.monotonic()))
-
-    def show(self, phase: str, iteration: int, total: int, values: Mapping[str, float]) -> None:
-        """Show the numbers of one iteration. Absent ones have no column."""
-        self._fields = self._columns(phase, iteration, total, values)
-        if not self._live:
-            self._put(" | ".join(field.text for field in self._fields) + "\n")
-            return
-        self._draw()
-        if iteration >= total:
-            self.close()
 
     def message(self, text: str) -> None:
         """Print `text` above the live line."""
@@ -74,6 +56,59 @@ class ProgressLine:
         if self._live and self._fields:
             self._put("\n")
         self._fields = []
+
+    def _update(self, fields: list[_Field]) -> None:
+        self._fields = fields
+        if self._live:
+            self._draw()
+        else:
+            self._put(" | ".join(field.text for field in fields) + "\n")
+
+    def _draw(self) -> None:
+        gap = 2
+        room = _terminal_width(self._stream) - 1  # a full last column would wrap on some terminals
+        fields = list(self._fields)
+        while len(fields) > 1 and sum(len(field.text) + gap for field in fields) - gap > room:
+            first = max(fields, key=lambda field: field.drop)
+            if first.drop <= _WORDS_DROP and any(piece in _WORDS for field in fields for piece in field.pieces):
+                fields = [field._replace(pieces=[p for p in field.pieces if p not in _WORDS]) for field in fields]
+            else:
+                fields.remove(first)
+        pieces = [piece for field in fields for piece in [*field.pieces, (" " * gap, False)]][:-1]
+        line, used = "", 0
+        for text, is_label in pieces:
+            text = text[: max(room - used, 0)]
+            used += len(text)
+            line += f"\x1b[2m{text}\x1b[22m" if is_label and self._colour else text
+        self._put(f"\r{line}\x1b[K")  # written at once and erased only to the right of the text: no flicker
+
+    def _put(self, text: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError):  # a terminal or pipe that is gone is no reason to end a run
+            self._stream.write(text.encode(encoding, "replace").decode(encoding))
+            self._stream.flush()
+
+
+class ProgressLine(LiveLine):
+    """Phase, iteration, d_MM, tightness, KL, speed and time left, in fixed columns."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._phase = ""
+        self._stamps: deque[tuple[int, float]] = deque(maxlen=_TIMED_ITERATIONS + 1)
+
+    def tick(self, phase: str, iteration: int) -> None:
+        """Note that `iteration` has ended now; the time left is estimated from these notes."""
+        if phase != self._phase:
+            self._phase = phase
+            self._stamps.clear()
+        self._stamps.append((iteration, time.monotonic()))
+
+    def show(self, phase: str, iteration: int, total: int, values: Mapping[str, float]) -> None:
+        """Show the numbers of one iteration. Absent ones have no column."""
+        self._update(self._columns(phase, iteration, total, values))
+        if iteration >= total:
+            self.close()
 
     def _columns(self, phase: str, iteration: int, total: int, values: Mapping[str, float]) -> list[_Field]:
         digits = len(str(total))
@@ -111,29 +146,37 @@ class ProgressLine:
         (first, began), (last, ended) = self._stamps[0], self._stamps[-1]
         return (total - iteration) * (ended - began) / max(last - first, 1)
 
-    def _draw(self) -> None:
-        gap = 2
-        room = _terminal_width(self._stream) - 1  # a full last column would wrap on some terminals
-        fields = list(self._fields)
-        while len(fields) > 1 and sum(len(field.text) + gap for field in fields) - gap > room:
-            first = max(fields, key=lambda field: field.drop)
-            if first.drop <= _WORDS_DROP and any(piece in _WORDS for field in fields for piece in field.pieces):
-                fields = [field._replace(pieces=[p for p in field.pieces if p not in _WORDS]) for field in fields]
-            else:
-                fields.remove(first)
-        pieces = [piece for field in fields for piece in [*field.pieces, (" " * gap, False)]][:-1]
-        line, used = "", 0
-        for text, is_label in pieces:
-            text = text[: max(room - used, 0)]
-            used += len(text)
-            line += f"\x1b[2m{text}\x1b[22m" if is_label and self._colour else text
-        self._put(f"\r{line}\x1b[K")  # written at once and erased only to the right of the text: no flicker
 
-    def _put(self, text: str) -> None:
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        with contextlib.suppress(OSError):  # a terminal or pipe that is gone is no reason to end a run
-            self._stream.write(text.encode(encoding, "replace").decode(encoding))
-            self._stream.flush()
+class ResponsesLine(LiveLine):
+    """How far a replica is with its responses: `responses 1,234/8,792  14%  512 tok/s  3:20 left`.
+
+    Args:
+        total: the replica's responses.
+        place: said before it all, such as `replica 0 of 2`; empty: nothing.
+    """
+
+    def __init__(self, stream: TextIO, total: int, place: str = "") -> None:
+        super().__init__(stream)
+        self._total, self._place = total, place
+        self._interval = _LIVE_SECONDS if self._live else _PLAIN_SECONDS
+        self._began = self._shown = time.monotonic()
+
+    def show(self, count: int, tokens: int) -> None:
+        """Note how many responses are complete, and their tokens; shown from time to time."""
+        now = time.monotonic()
+        is_last = self._live and count == self._total
+        if now - self._shown < self._interval and not is_last:
+            return
+        self._shown = now
+        seconds = max(now - self._began, 1e-3)
+        texts = [
+            self._place,
+            f"responses {count:,}/{self._total:,}",
+            f"{100 * count // self._total}%",
+            f"{tokens / seconds:,.0f} tok/s",
+            f"{_clock(seconds / count * (self._total - count))} left",
+        ]
+        self._update([_Field([(text, False)], drop) for drop, text in enumerate(texts) if text])
 
 
 def _off_and_on(label: str, name: str, values: Mapping[str, float], drop: int) -> _Field:

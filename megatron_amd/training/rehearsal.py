@@ -53,7 +53,7 @@ class RankBatch:
 
     prompts: int
     off_policy: int
-    """Sequences from the teacher or the data."""
+    """Sequences from the teacher, the data or files."""
     on_policy: int
     """Sequences from the student."""
     micro_batch_size: int

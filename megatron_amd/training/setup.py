@@ -16,7 +16,9 @@ from megatron_amd.data import (
     first_prompts,
     load_rows,
     load_tokenizer,
+    open_response_files,
 )
+from megatron_amd.data.response_files import Header
 from megatron_amd.data.tokenizer import TOKENIZER_FILES, stopping_rule
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
@@ -29,6 +31,7 @@ from megatron_amd.models.roles import (
     role_transformer_config,
 )
 from megatron_amd.training.first_weights import has_pretrained_weights
+from megatron_amd.training.model_hash import model_hash
 from megatron_amd.training.optimizer import ddp_config, optimizer_config
 from megatron_amd.training.players import build_players
 from megatron_amd.training.trainer import Trainer, changed_settings, find_checkpoint
@@ -47,12 +50,7 @@ def set_up(config: Config, layout: Layout, warn: Callable[[str], None] = print) 
         _check_directory(config)
         if config.checkpoint.export:
             check_export_folder(Path(config.run.directory) / "student")
-        for role, model in (("student", config.student), ("teacher", config.teacher)):
-            role_architecture(model, role)  # first, so that a wrong path is not taken for a missing tokenizer
-        tokenizer = _shared_tokenizer(config, warn)
-        plan = plan_models(config, tokenizer.vocab_size)
-        check_megatron_settings(config, plan, layout)
-        _check_weights(config, plan)
+        tokenizer, plan = check_models(config, layout, warn)
         train, held_out = _open_data(config, tokenizer, layout, warn)
         loader = PromptLoader(
             train,
@@ -69,6 +67,17 @@ def set_up(config: Config, layout: Layout, warn: Callable[[str], None] = print) 
             warn(f"goes on with other settings than {checkpoint[0].name} was saved with: {', '.join(changes)}")
     players = build_players(config, plan, layout, stopping_rule(tokenizer, config.rollout.stop_strings))
     return Trainer(config, plan, players, loader, tokenizer.eos_ids, held_out, checkpoint), tokenizer
+
+
+def check_models(config: Config, layout: Layout, warn: Callable[[str], None]) -> tuple[Tokenizer, ModelPlan]:
+    """Check everything about tokenizer and models that can be known before one is built. Raises InputError."""
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        role_architecture(model, role)  # first, so that a wrong path is not taken for a missing tokenizer
+    tokenizer = _shared_tokenizer(config, warn)
+    plan = plan_models(config, tokenizer.vocab_size)
+    check_megatron_settings(config, plan, layout)
+    _check_weights(config, plan)
+    return tokenizer, plan
 
 
 def _check_directory(config: Config) -> None:
@@ -134,17 +143,53 @@ def _check_weights(config: Config, plan: ModelPlan) -> None:
 def _open_data(
     config: Config, tokenizer: Tokenizer, layout: Layout, warn: Callable[[str], None]
 ) -> tuple[PromptDataset, HeldOut | None]:
+    rollout = config.rollout
+    kind = rollout.off_policy if uses_off_policy(config) else None
     train = load_rows(
         config.data,
         "train",
         tokenizer,
-        responses=config.rollout.off_policy == "data" and uses_off_policy(config),
-        max_response_length=config.rollout.max_response_length,
+        responses=kind == "data",
+        max_response_length=rollout.max_response_length,
         warn=warn,
     )
+    if kind == "file":
+        files = open_response_files(
+            str(rollout.responses),
+            train.rows,
+            fingerprint=train.fingerprint,
+            tokenizer_hash=tokenizer.fingerprint(),
+            vocab_size=tokenizer.vocab_size,
+            setting="rollout.responses",
+        )
+        _check_author(config, files.header, warn)
+        train.use_responses(files.tokens, files.header.fingerprint, rollout.max_response_length)
     count = config.evaluation.prompts
     if not count:
         return train, None
     rows = load_rows(config.data, "evaluation", tokenizer, responses=False, count=count)
     prompts = first_prompts(rows, count, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
     return train, HeldOut(prompts, tokenizer.eos_ids, tokenizer.decode)
+
+
+def _check_author(config: Config, header: Header, warn: Callable[[str], None]) -> None:
+    """Look at who wrote the responses, and how.
+
+    Raises InputError where the objective needs samples of the run's own teacher and these are not; elsewhere warns of
+    another model.
+    """
+    own = model_hash(config.teacher, "teacher", config.run.seed) == header.model["hash"]
+    plain = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "min_response_length": 0}
+    changed = [f"{name} {header.sampling[name]}" for name, value in plain.items() if header.sampling[name] != value]
+    objective = config.objective
+    if objective.name == "amm" and objective.beta > 0 and objective.estimator == "sampled" and (changed or not own):
+        how = f"with {', '.join(changed)}" if own else f"by another model, {header.model['path']}"
+        raise InputError(
+            f"rollout.responses: {config.rollout.responses} was generated {how}, but objective.estimator: sampled "
+            "needs the teacher's own at temperature 1 with nothing cut off; use full_vocabulary, or generate them anew"
+        )
+    if not own:
+        warn(
+            f"the responses in {config.rollout.responses} come from another model than the run's teacher: the "
+            f"{header.model['role']} {header.model['path']}"
+        )

@@ -166,6 +166,21 @@ def test_layouts_and_pools(expected, tp, pp, dp, sequence_parallel, pool):
 
 
 @pytest.mark.distributed
+def test_every_rank_is_told_what_is_complete():
+    def work():
+        model, layout = make_model(pp=2)
+        told: list[tuple[int, int]] = []
+        rollouts = run_generate(model, layout, batch_size=3, report=lambda *counts: told.append(counts))
+        return told, [len(response) for response in rollouts.responses()]
+
+    (told, lengths), (also_told, _) = run_distributed(work, 2)
+    assert told == also_told
+    assert [count for count, _ in told] == list(range(1, len(lengths) + 1))
+    tokens = [0, *(tokens for _, tokens in told)]
+    assert sorted(after - before for before, after in zip(tokens, tokens[1:], strict=False)) == sorted(lengths)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 2)])
 def test_through_the_modules(expected, tp, pp):
     """As where layers cannot go the lean way: Megatron-Core's own modules on the same passes."""

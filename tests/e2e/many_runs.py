@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megatron_amd import train
+from megatron_amd import program, train
 from megatron_amd.data import PromptDataset
 from megatron_amd.models import roles
 from megatron_amd.training.trainer import Trainer
@@ -42,7 +42,7 @@ RANK = int(os.environ.get("RANK", "0"))
 def run_cases(folder: Path) -> None:
     """Run every case and write down how it ended."""
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # the agent's store remembers the addresses of earlier cases
-    train._WAIT_FOR_THE_SPEAKER = 0.0  # both ranks go on to the next case
+    program._WAIT_FOR_THE_SPEAKER = 0.0  # both ranks go on to the next case
     for case in json.loads((folder / "cases.json").read_text()):
         os.environ["MASTER_PORT"] = str(case["port"])
         arguments = case["arguments"]

@@ -251,7 +251,7 @@ DIRECTORY = [
     Case(
         "checkpoint of other data",
         (*RUN, "run.directory={}/run", "data.limit=5"),
-        r"data\.train: rows, tokenizer or template differ from those of the checkpoint",
+        r"data\.train: rows, tokenizer, template or responses differ from those of the checkpoint",
     ),
     Case(
         "damaged checkpoint",

@@ -15,7 +15,8 @@ from megatron_amd.data import load_rows, load_tokenizer
 from tests.small_tokenizers import CHATML, make_hf_tokenizer
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-SETTINGS = [yaml.safe_load(block)["data"] for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)]
+BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)]
+SETTINGS = [block["data"] for block in BLOCKS if "data" in block]
 ALPACA = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}]
 
 

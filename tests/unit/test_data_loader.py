@@ -144,7 +144,9 @@ def test_resume_with_other_data(
     ten: PromptDataset, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = rows(folder, tmp_path / "other.jsonl", [f"Row {n}" for n in range(9)] + ["Row x"], monkeypatch)
-    with pytest.raises(InputError, match=r"^data.train: rows, tokenizer or template differ from those of the check"):
+    with pytest.raises(
+        InputError, match=r"^data.train: rows, tokenizer, template or responses differ from those of the check"
+    ):
         loaders(other, 4)[0].load_state_dict(loaders(ten, 4)[0].state_dict())
 
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "megatron_amd"
 
 LAYERS = (
     {"__init__", "errors"},
-    {"config_yaml"},
+    {"config_yaml", "program"},
     {"config", "batch"},
     {"objectives", "data", "distributed"},
     {"models"},

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_amd.errors import InputError
 from megatron_amd.training.metrics import METRICS, MetricLog, Timers, peak_memory_gib
+from megatron_amd.training.progress import ResponsesLine
 
 ITERATIONS = {"warmup": 3, "main": 4}
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -339,3 +340,46 @@ def test_timers_count_a_phase_that_fails():
 def test_peak_memory_is_the_kernels_high_water_mark():
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     assert peak_memory_gib() == pytest.approx(int(line.split()[1]) / 2**20, rel=0.05)
+
+
+class Clock:
+    """In the place of the module `time`."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("megatron_amd.training.progress.time", clock)
+    return clock
+
+
+def test_responses_are_counted_every_ten_seconds_where_there_is_no_terminal(clock):
+    stream = io.StringIO()
+    line = ResponsesLine(stream, 8792, "replica 0 of 2")
+    for now, count in ((100.5, 10), (109.9, 900), (110.0, 1234), (112.0, 2000), (300.0, 8792)):
+        clock.now = now
+        line.show(count, 5 * count)
+    line.close()
+    assert stream.getvalue() == (
+        "replica 0 of 2 | responses 1,234/8,792 | 14% | 617 tok/s | 1:01 left\n"
+        "replica 0 of 2 | responses 8,792/8,792 | 100% | 220 tok/s | 0:00 left\n"
+    )
+
+
+@pytest.mark.parametrize("columns", [100, 30])
+def test_responses_have_a_live_line(clock, open_terminal, columns):
+    terminal = open_terminal(columns)
+    line = ResponsesLine(terminal.stream, 8792)
+    for now, count in ((100.1, 10), (110.0, 1234), (110.1, 1300), (110.15, 8792)):
+        clock.now = now
+        line.show(count, 5 * count)
+    line.close()
+    drawn = [re.sub(r"\x1b\[\d*[mK]", "", text) for text in terminal.read().split("\r") if text]
+    wide = ["responses 1,234/8,792  14%  617 tok/s  1:01 left", "responses 8,792/8,792  100%  4,331 tok/s  0:00 left"]
+    narrow = ["responses 1,234/8,792  14%", "responses 8,792/8,792  100%"]
+    assert drawn == [*(wide if columns == 100 else narrow), "\n"]

@@ -1,5 +1,6 @@
 """The dry run: its world, its parameters and memory against formulas, its text and its errors."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -289,6 +290,19 @@ def test_other_objectives(objective: dict[str, Any]):
     assert ("critic" in plan.stages[0].roles) == ("critic (pair)" in describe(plan)) == amm
     assert plan.batch.off_policy == (0 if objective.get("beta") == 0 else 8)
     assert plan.batch.on_policy == (0 if objective.get("beta") == 1 else 8)
+
+
+@pytest.mark.parametrize(("kind", "source"), [("teacher", "the teacher"), ("data", "the data"), ("file", "files")])
+def test_only_a_teacher_that_speaks_needs_a_cache(kind: str, source: str):
+    """With fewer layers the student's own rollouts take less."""
+    rollout = {"off_policy": kind, "responses": "no/such/folder", "max_response_length": 16}
+    student = {"architecture": {**LLAMA, "num_hidden_layers": LLAMA["num_hidden_layers"] // 2}}
+    config = make_config(student=student, rollout=rollout, data={"response_field": "answer"})
+    plan = plan_run(config, None)
+    assert f"off-policy (from {source})" in describe(plan)
+    smaller = plan_run(dataclasses.replace(config, teacher=config.student), None)
+    caches = [p.stages[0].parts["rollout"]["key-value cache"] for p in (plan, smaller)]
+    assert caches[0] == (2 if kind == "teacher" else 1) * caches[1]
 
 
 def test_fp8_is_planned_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch):
