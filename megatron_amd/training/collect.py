@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,7 +51,13 @@ def respond(
     )
 
 
-def student_responses(players: Players, prompts: Prompts, eos_ids: tuple[int, ...]) -> Rollouts:
+Report = Callable[[int, int], None]
+"""Told of a generation how many responses are complete, and their tokens."""
+
+
+def student_responses(
+    players: Players, prompts: Prompts, eos_ids: tuple[int, ...], report: Report | None = None
+) -> Rollouts:
     """On-policy responses, `rollout.samples_per_prompt` to each prompt, from the student as it is now, mixed with the
     teacher where `rollout.teacher_share` says so."""
     r = players.config.rollout
@@ -68,17 +74,22 @@ def student_responses(players: Players, prompts: Prompts, eos_ids: tuple[int, ..
         min_p=r.min_p,
         min_response_length=r.min_response_length,
         samples_per_prompt=r.samples_per_prompt,
+        report=report,
         mixed_with=(players.teacher, r.teacher_share) if r.teacher_share else None,
     )
 
 
-def off_policy_responses(players: Players, prompts: Prompts, eos_ids: tuple[int, ...]) -> Rollouts:
+def off_policy_responses(
+    players: Players, prompts: Prompts, eos_ids: tuple[int, ...], report: Report | None = None
+) -> Rollouts:
     """Off-policy responses: sampled from the teacher at temperature 1, or those that came with the prompts."""
     r = players.config.rollout
     if r.off_policy != "teacher":
         assert prompts.responses is not None
         return Rollouts.from_lists(prompts.tokens, prompts.responses, players.layout.device)
-    return respond(players, players.teacher, prompts, eos_ids, "teacher", max_response_length=r.max_response_length)
+    return respond(
+        players, players.teacher, prompts, eos_ids, "teacher", max_response_length=r.max_response_length, report=report
+    )
 
 
 def make_batch(

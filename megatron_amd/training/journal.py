@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ class Journal:
     def say(self, text: str) -> None:
         """Print a line above the live line."""
         self._log.message(text)
+
+    def generating(self, whose: str, total: int) -> Callable[[int, int], None] | None:
+        """A function to be told how many of `total` responses are complete, and their tokens; None on other ranks."""
+        return self._log.generating(whose, total)
 
     def has_evaluation(self, point: Mapping[str, Any]) -> bool:
         """Whether an evaluation was already made at this point of the run."""

@@ -175,6 +175,10 @@ class MetricLog:
         if self._enabled:
             self._line.message(text)
 
+    def generating(self, whose: str, total: int) -> Callable[[int, int], None] | None:
+        """See `ProgressLine.generating`; None on a rank that does not write."""
+        return self._line.generating(whose, total) if self._enabled else None
+
     def close(self) -> None:
         """Close the files and leave the live line behind. Further writes fail."""
         if self._enabled:

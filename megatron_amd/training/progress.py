@@ -7,13 +7,14 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TextIO
 
 _BAR_CELLS = 20
 _TIMED_ITERATIONS = 20  # time left follows the pace of this many iterations
 _WORDS = ((" off", True), (" on", True))  # on a narrow terminal these go before any number does
 _WORDS_DROP = 7
+_MOMENT = 2.0  # seconds
 _LIVE_SECONDS, _PLAIN_SECONDS = 0.2, 10.0  # between two updates of a line that could be updated all the time
 
 
@@ -41,6 +42,7 @@ class LiveLine:
         self._colour = self._live and not os.environ.get("NO_COLOR")
         self._unicode = "utf" in (getattr(stream, "encoding", None) or "").lower()
         self._fields: list[_Field] = []
+        self._passing: list[_Field] = []  # at the end, until the next update
 
     def message(self, text: str) -> None:
         """Print `text` above the live line."""
@@ -48,17 +50,17 @@ class LiveLine:
             self._put(text + "\n")
             return
         self._put(f"\r\x1b[K{text}\n")
-        if self._fields:
+        if self._fields or self._passing:
             self._draw()
 
     def close(self) -> None:
         """Leave the live line as it is and go on below it."""
-        if self._live and self._fields:
+        if self._live and (self._fields or self._passing):
             self._put("\n")
-        self._fields = []
+        self._fields, self._passing = [], []
 
     def _update(self, fields: list[_Field]) -> None:
-        self._fields = fields
+        self._fields, self._passing = fields, []
         if self._live:
             self._draw()
         else:
@@ -67,7 +69,7 @@ class LiveLine:
     def _draw(self) -> None:
         gap = 2
         room = _terminal_width(self._stream) - 1  # a full last column would wrap on some terminals
-        fields = list(self._fields)
+        fields = [*self._fields, *self._passing]
         while len(fields) > 1 and sum(len(field.text) + gap for field in fields) - gap > room:
             first = max(fields, key=lambda field: field.drop)
             if first.drop <= _WORDS_DROP and any(piece in _WORDS for field in fields for piece in field.pieces):
@@ -109,6 +111,28 @@ class ProgressLine(LiveLine):
         self._update(self._columns(phase, iteration, total, values))
         if iteration >= total:
             self.close()
+
+    def generating(self, whose: str, total: int) -> Callable[[int, int], None]:
+        """A function to be told how many responses are complete, and their tokens. It shows that at the line's end, on
+        a terminal, while a generation takes longer than a moment.
+
+        Args:
+            whose: responses, such as `student`.
+            total: responses that there will be.
+        """
+        began = shown = time.monotonic()
+
+        def report(count: int, tokens: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if not self._live or now - began < _MOMENT or (now - shown < _LIVE_SECONDS and count < total):
+                return
+            shown = now
+            text = f"{whose} writes {count:,}/{total:,} at {tokens / (now - began):,.0f} tok/s"
+            self._passing = [_Field([(text, False)], drop=0)] if count < total else []
+            self._draw()
+
+        return report
 
     def _columns(self, phase: str, iteration: int, total: int, values: Mapping[str, float]) -> list[_Field]:
         digits = len(str(total))

@@ -190,10 +190,13 @@ class Trainer:
                 prompts = self.loader.next()
 
         def off_policy(prompts: Prompts) -> Rollouts:
-            return off_policy_responses(players, prompts, self.eos_ids)
+            return off_policy_responses(
+                players, prompts, self.eos_ids, self.journal.generating("teacher", len(prompts))
+            )
 
         def on_policy(prompts: Prompts) -> Rollouts:
-            return student_responses(players, prompts, self.eos_ids)
+            count = len(prompts) * self.config.rollout.samples_per_prompt
+            return student_responses(players, prompts, self.eos_ids, self.journal.generating("student", count))
 
         rollouts: dict[bool, Rollouts] = {}
         if beta > 0 and by_teacher:

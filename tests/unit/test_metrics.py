@@ -383,3 +383,32 @@ def test_responses_have_a_live_line(clock, open_terminal, columns):
     wide = ["responses 1,234/8,792  14%  617 tok/s  1:01 left", "responses 8,792/8,792  100%  4,331 tok/s  0:00 left"]
     narrow = ["responses 1,234/8,792  14%", "responses 8,792/8,792  100%"]
     assert drawn == [*(wide if columns == 100 else narrow), "\n"]
+
+
+def test_a_long_generation_is_seen_on_the_live_line(tmp_path, clock, open_terminal, open_log):
+    terminal = open_terminal(70)
+    log = open_log(tmp_path, stream=terminal.stream)
+    log.write("warmup", 1, {"student/loss": 2.0})
+    terminal.read()
+    report = log.generating("student", 64)
+    assert report is not None
+    for now, count in ((101.9, 1), (104.0, 10), (104.1, 11), (104.5, 64)):  # it began at 100
+        clock.now = now
+        report(count, 50 * count)
+    log.message("hello")
+    drawn = [re.sub(r"\x1b\[\d*[mK]", "", text) for text in terminal.read().split("\r") if text]
+    first, last, *after = drawn
+    assert first == "warmup 1/3  loss  2.000  student writes 10/64 at 125 tok/s"
+    assert last.startswith("warmup 1/3  ━━━")
+    assert "student" not in last, "all are complete"
+    assert after == ["hello", "\n", last]
+
+
+def test_generations_are_not_told_of_in_files(tmp_path, clock, open_log):
+    stream = io.StringIO()
+    report = open_log(tmp_path, stream=stream).generating("teacher", 2)
+    for now, count in ((110.0, 1), (120.0, 2)):
+        clock.now = now
+        report(count, 9)
+    assert stream.getvalue() == ""
+    assert open_log(tmp_path / "other", enabled=False).generating("teacher", 2) is None
