@@ -291,6 +291,9 @@ class RolloutConfig:
     cache_tokens: int | None = None
     """Most positions per replica whose keys and values are kept, which bounds the cache's memory; fewer sequences are
     in work at once where each may grow long. Unset: no bound but batch_size."""
+    look_interval: int | None = None
+    """Tokens that each sequence is given between two looks of the host, so that a GPU need not wait for it after each;
+    what was drawn after a sequence's end is dropped. Unset: 8 on a GPU, 1 on a CPU and with a pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -508,6 +511,7 @@ _AT_LEAST_ONE = (
     "rollout.batch_size",
     "rollout.pass_tokens",
     "rollout.cache_tokens",
+    "rollout.look_interval",
     "rollout.reuse.steps",
     "rollout.reuse.capacity",
     "evaluation.max_response_length",

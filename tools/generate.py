@@ -137,6 +137,7 @@ def _generate(run: Config, options: argparse.Namespace) -> int:
             batch_size=config.rollout.batch_size,
             pass_tokens=config.rollout.pass_tokens,
             cache_tokens=config.rollout.cache_tokens,
+            look_interval=config.rollout.look_interval,
         )  # fmt: skip
     finally:
         if line is not None:

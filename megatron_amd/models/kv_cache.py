@@ -128,6 +128,14 @@ class KVCache:
         positions += [self.max_length - 1] * fillers
         self.row_index, self.positions = torch.tensor([rows, positions], dtype=torch.int64).to(self.device)
 
+    def advance(self) -> None:
+        """Announce a pass that is like the last, which only decoded, each token one position further."""
+        self.positions = self.positions.clone()
+        self.positions[: self.decoding] += 1
+        self.span += 1
+        self.blocks = [(rows, span + 1) for rows, span in self.blocks]
+        self._bias = None
+
     def _bundled(self, first: int) -> Iterator[Bundle | Segment]:
         """The segments, the first of which has its tokens at place `first`."""
         waiting: list[Segment] = []

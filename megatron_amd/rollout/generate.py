@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_amd.batch import Prompts, Rollouts
@@ -31,6 +32,7 @@ from megatron_amd.rollout.sampling import mixture, sample_tokens, token_log_prob
 
 _FP8_TOKENS = 32
 """FP8 matrix products want the number of tokens to be a multiple of this."""
+_GPU_LOOK_INTERVAL = 8
 _PACK_FROM = 16
 """Longest response from which packing the weights pays."""
 _SPLIT_SEQUENCE_FLAGS = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
@@ -90,6 +92,7 @@ def generate(
     batch_size: int | None = None,
     pass_tokens: int = 1024,
     cache_tokens: int | None = None,
+    look_interval: int | None = None,
     mixed_with: tuple[nn.Module, float] | None = None,
     is_complete: Callable[[Sequence[int]], bool] | None = None,
     report: Callable[[int, int], None] | None = None,
@@ -119,6 +122,9 @@ def generate(
             one token for each response that is being written.
         cache_tokens: most positions with cached keys and values, which bounds the cache's memory: fewer responses are
             in work at once where each may grow long; unset: no bound.
+        look_interval: tokens that each response is given between two looks of the host, where no prompt is being read,
+            so that a GPU need not wait for the host after each; what was drawn after a response's end is dropped.
+            Unset: 8 on a GPU, 1 on a CPU. With a pipeline always 1.
         mixed_with: (another model of the same layout and vocabulary, its share): tokens are drawn from
             (1 - share) * model + share * other, both at `temperature`.
         is_complete: told a response's tokens so far, whether it ends here (stop strings).
@@ -155,13 +161,13 @@ def generate(
     def ended(response: Response) -> bool:
         return response.tokens[-1] in sampling.eos_ids or (is_complete is not None and is_complete(response.tokens))
 
-    def noise(coming: Pass) -> Tensor:
+    def noise(coming: Pass, step: int) -> Tensor:
         numbers = [response.number for response in coming.responses]
         columns = [
             [rows.ids[number] for number in numbers],
             [sample_index[number] for number in numbers],
             [rows.visits[number] for number in numbers],
-            [len(response.tokens) for response in coming.responses],
+            [len(response.tokens) + step for response in coming.responses],
         ]
         return uniform(sampling.seed, *torch.tensor(columns, dtype=torch.int64).to(layout.device))
 
@@ -170,6 +176,7 @@ def generate(
     queue = deque(Response(number, rows.tokens[number], max_response_length) for number in order)
     width = max((len(prompt) for prompt in prompts.tokens), default=0) + max_response_length
     sizes = pool_sizes(len(rows), width, layout.pp_size, batch_size, cache_tokens)
+    ahead = look_interval or (_GPU_LOOK_INTERVAL if layout.device.type == "cuda" else 1)
     with ExitStack() as stack:
         generators = []
         for generating, share in models:
@@ -182,7 +189,7 @@ def generate(
         ]
         complete: list[Response] = []
         tokens = 0
-        for response in run(generators, pools, layout, sampling, noise):
+        for response in run(generators, pools, layout, sampling, noise, ahead):
             complete.append(response)
             tokens += len(response.tokens)
             if report is not None:
@@ -285,12 +292,17 @@ def run(
     pools: Sequence[Pool],
     layout: Layout,
     sampling: Sampling,
-    noise: Callable[[Pass], Tensor],
+    noise: Callable[[Pass, int], Tensor],
+    ahead: int = 1,
 ) -> Iterator[Response]:
     """Complete the responses of all pools, in any order.
 
     One turn a tick: in tick t, stage s works on the pass of pool (t - s) mod stages, so a pass goes one stage further
     each tick. Then all stages exchange at once: outputs with the next stage, and the last stage's tokens with all.
+
+    Args:
+        noise: of the tokens that a pass is given in its step number so and so.
+        ahead: tokens that a response may be given before the host looks at them; without a pipeline.
     """
     stages, stage = layout.pp_size, layout.pp_rank
     for pool in pools:
@@ -304,12 +316,8 @@ def run(
         if number is not None:
             coming = pools[number].coming
             assert coming is not None
-            outputs = [
-                stage_pass(generator, number, coming, layout, received[i] if received else None)
-                for i, generator in enumerate(generators)
-            ]
-            if layout.is_last_stage and coming.drawn:
-                drawn = torch.stack(draw(generators, outputs, coming, layout, sampling, noise(coming)))
+            steps = pools[number].steps_ahead(ahead) if stages == 1 else 1
+            outputs, drawn = _work(generators, number, coming, steps, received, layout, sampling, noise)
         last = _pool_at(pools, tick - (stages - 1))
         if stages > 1:
             following = None if layout.is_first_stage else _pool_at(pools, tick + 1 - stage)
@@ -322,10 +330,39 @@ def run(
             expected = 0 if last is None else len(pools[last].coming.responses)  # type: ignore[union-attr]
             received, drawn = _exchange(outputs, drawn, shapes, expected, generators, layout)
         if last is not None:
-            tokens, log_probs = ([], []) if drawn is None else drawn.tolist()
-            yield from pools[last].take([int(token) for token in tokens], log_probs)
+            found = [] if drawn is None else drawn.tolist()
+            yield from pools[last].take([[int(t) for t in tokens] for tokens, _ in found], [lps for _, lps in found])
             pools[last].plan()
         tick += 1
+
+
+def _work(
+    generators: Sequence[Generator],
+    pool: int,
+    coming: Pass,
+    steps: int,
+    received: Sequence[Tensor],
+    layout: Layout,
+    sampling: Sampling,
+    noise: Callable[[Pass, int], Tensor],
+) -> tuple[list[Tensor], Tensor | None]:
+    """A pass, and further ones that need nothing of the host: outputs of the last, and what was drawn.
+
+    Returns:
+        [T, 1, H] of each model; float64 [steps, 2, M] on the last stage, where a token is drawn.
+    """
+    outputs: list[Tensor] = []
+    drawn: list[Tensor] = []
+    for step in range(steps):
+        tokens = drawn[-1][0].long() if drawn else None
+        outputs = [
+            stage_pass(generator, pool, coming, layout, received[i] if received else None, tokens)
+            for i, generator in enumerate(generators)
+        ]
+        if layout.is_last_stage and coming.drawn:
+            found = draw(generators, outputs, coming, layout, sampling, noise(coming, step), step)
+            drawn.append(torch.stack(found))
+    return outputs, torch.stack(drawn) if drawn else None
 
 
 def _pool_at(pools: Sequence[Pool], turn: int) -> int | None:
@@ -342,7 +379,7 @@ def _exchange(
     generators: Sequence[Generator],
     layout: Layout,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """What a tick sends: outputs to the next stage, what was drawn (float64 [2, M]) to all.
+    """What a tick sends: outputs to the next stage, what was drawn (float64 [1, 2, M]) to all.
 
     Args:
         shapes: of what comes from the stage before.
@@ -358,7 +395,7 @@ def _exchange(
     if not layout.is_last_stage:
         operations += [dist.P2POp(dist.isend, hidden, ranks[layout.pp_rank + 1], group) for hidden in outputs]
         if count:
-            drawn = torch.empty(2, count, dtype=torch.float64, device=device)
+            drawn = torch.empty(1, 2, count, dtype=torch.float64, device=device)
             operations.append(dist.P2POp(dist.irecv, drawn, ranks[last], group))
     elif drawn is not None:
         operations += [dist.P2POp(dist.isend, drawn, rank, group) for rank in ranks[:last]]
@@ -374,12 +411,28 @@ def padded_count(coming: Pass, generators: Sequence[Generator]) -> int:
     return -(-len(coming.tokens) // multiple) * multiple
 
 
-def stage_pass(generator: Generator, pool: int, coming: Pass, layout: Layout, received: Tensor | None = None) -> Tensor:
-    """This stage's share of a pass of a pool, [T, 1, H]. received: the output of the stage before."""
+def stage_pass(
+    generator: Generator,
+    pool: int,
+    coming: Pass,
+    layout: Layout,
+    received: Tensor | None = None,
+    following: Tensor | None = None,
+) -> Tensor:
+    """This stage's share of a pass of a pool, [T, 1, H].
+
+    Args:
+        received: the output of the stage before.
+        following: int64 [T], tokens that come after those of the pass, which has been made and only decodes.
+    """
     model, cache = generator.model, generator.caches[pool]
     fillers = -len(coming.tokens) % token_multiple(model)
-    cache.expect(coming.decoding, coming.segments, fillers)
-    tokens = torch.tensor(coming.tokens + [0] * fillers, dtype=torch.int64).to(layout.device)
+    if following is None:
+        cache.expect(coming.decoding, coming.segments, fillers)
+        tokens = torch.tensor(coming.tokens + [0] * fillers, dtype=torch.int64).to(layout.device)
+    else:
+        cache.advance()
+        tokens = F.pad(following, (0, fillers))
     with cache.attached():
         if generator.layers is not None:
             return lean_forward(model, generator.layers, tokens, cache.positions, received)
@@ -396,10 +449,14 @@ def draw(
     layout: Layout,
     sampling: Sampling,
     uniforms: Tensor,
+    step: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The tokens that follow in a pass and their log-probabilities under the first model, each float64 [M].
 
-    outputs: [T, 1, H] final hidden states of each model, on the last stage. uniforms: float64 [M].
+    Args:
+        outputs: [T, 1, H] final hidden states of each model, on the last stage.
+        uniforms: float64 [M].
+        step: tokens that were drawn in the pass before these.
     """
     places = torch.tensor(coming.drawn, dtype=torch.int64).to(layout.device)
     heads = [generator.head for generator in generators if generator.head is not None]
@@ -407,7 +464,7 @@ def draw(
     rows = heads[0].weight.shape[0]
     start = layout.tp_rank * rows
     forbidden = None
-    early = [len(response.tokens) < sampling.min_response_length for response in coming.responses]
+    early = [len(response.tokens) + step < sampling.min_response_length for response in coming.responses]
     if any(early):
         eos = torch.tensor(sampling.eos_ids, dtype=torch.int64, device=layout.device)
         ids = torch.arange(start, start + rows, device=layout.device)

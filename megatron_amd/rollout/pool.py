@@ -97,15 +97,26 @@ class Pool:
                 drawn_for.append(response)
         self.coming = Pass(tokens, decoding, segments, drawn, drawn_for) if tokens else None
 
-    def take(self, tokens: Sequence[int], log_probs: Sequence[float]) -> list[Response]:
-        """Give the coming pass's responses the tokens drawn for them; those that are complete leave their rows."""
+    def steps_ahead(self, most: int) -> int:
+        """Tokens, up to `most`, that may be drawn for each response of the coming pass before anybody looks at them."""
         assert self.coming is not None
-        complete = []
-        for response, token, log_prob in zip(self.coming.responses, tokens, log_probs, strict=True):
-            response.tokens.append(token)
-            response.log_probs.append(log_prob)
-            if len(response.tokens) == response.most or self._ended(response):
-                complete.append(response)
+        if self.coming.segments:
+            return 1
+        return min(most, *(response.most - len(response.tokens) for response in self.coming.responses))
+
+    def take(self, tokens: Sequence[Sequence[int]], log_probs: Sequence[Sequence[float]]) -> list[Response]:
+        """Give the coming pass's responses the tokens drawn for them, a row for each step; those that are complete
+        leave their rows, and what was drawn after their end is dropped."""
+        assert self.coming is not None
+        complete: list[Response] = []
+        for step_tokens, step_log_probs in zip(tokens, log_probs, strict=True):
+            for response, token, log_prob in zip(self.coming.responses, step_tokens, step_log_probs, strict=True):
+                if response in complete:
+                    continue
+                response.tokens.append(token)
+                response.log_probs.append(log_prob)
+                if len(response.tokens) == response.most or self._ended(response):
+                    complete.append(response)
         self._working = [None if response in complete else response for response in self._working]
         return complete
 

@@ -46,6 +46,7 @@ def respond(
         batch_size=rollout.batch_size,
         pass_tokens=rollout.pass_tokens,
         cache_tokens=rollout.cache_tokens,
+        look_interval=rollout.look_interval,
         is_complete=players.is_complete,
         **sampling,
     )

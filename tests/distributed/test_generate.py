@@ -23,6 +23,7 @@ from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import Architecture
 from megatron_amd.models.attention import CoreAttention
 from megatron_amd.models.gpt import CausalLM, build_gpt, initialize_weights, transformer_config
+from megatron_amd.models.kv_cache import KVCache
 from megatron_amd.models.lean import lean_layers
 from megatron_amd.rollout.generate import generate
 from megatron_amd.rollout.sampling import sample_tokens, uniform
@@ -151,7 +152,10 @@ def test_layouts_and_pools(expected, tp, pp, dp, sequence_parallel, pool):
         with pytest.MonkeyPatch.context() as patch:
             if pool == 3:  # the others with packed weights
                 patch.setattr("megatron_amd.rollout.generate._PACK_FROM", LONGEST + 1)
-            return responses_by_prompt(hf_config, tp, pp, sequence_parallel, batch_size=pool, pass_tokens=pass_tokens)
+            return responses_by_prompt(
+                hf_config, tp, pp, sequence_parallel, batch_size=pool, pass_tokens=pass_tokens,
+                look_interval={1: 1, 3: 5, 16: 64}[pool],
+            )  # fmt: skip
 
     results = run_distributed(work, tp * pp * dp)
     merged: dict[int, list[tuple[list[int], list[float]]]] = {}
@@ -278,6 +282,7 @@ def token_multiples() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_amd.rollout.generate.token_multiple", lambda _model: 3)
         assert run_generate(model, layout).responses() == expected
+        assert run_generate(model, layout, look_interval=4).responses() == expected
     hook.remove()
     assert len(set(sizes)) > 1
     assert not any(size % 3 for size in sizes)
@@ -292,6 +297,7 @@ def settings_of_length() -> None:
     plain = run_generate(model, layout)
     assert (plain.lengths - plain.prompt_lengths).min() < 4
     late = run_generate(model, layout, min_response_length=4)
+    assert late.responses() == run_generate(model, layout, min_response_length=4, look_interval=6).responses()
     assert (late.lengths - late.prompt_lengths).min() >= 4
     for response in late.responses():
         assert not set(response[:3]) & set(EOS)
@@ -301,6 +307,28 @@ def settings_of_length() -> None:
     assert [r[:3] for r in plain.responses()] == stopped.responses()
     edge = Prompts((3,), (0,), (tuple(range(20, 20 + 64 - LONGEST)),))  # to the last of the model's positions
     assert run_generate(model, layout, edge, eos_ids=()).lengths.tolist() == [64, 64]
+
+
+def looks() -> None:
+    """The host makes up its mind about every fifth step of those in which nothing is read, and about each of the rest."""
+    model, layout = make_model()
+    counts = {"expect": 0, "advance": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in counts:
+            method = getattr(KVCache, name)
+
+            def counting(cache: KVCache, *args: Any, name: str = name, method: Any = method) -> None:
+                counts[name] += 1
+                method(cache, *args)
+
+            patch.setattr(KVCache, name, counting)
+        run_generate(model, layout, eos_ids=(), look_interval=5)
+    assert counts == {"expect": 4, "advance": 12}  # one to read, three of five steps each
+    assert LONGEST == 16
+
+
+def test_looks():
+    run_distributed(looks, 1)
 
 
 def test_lengths():
