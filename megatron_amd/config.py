@@ -12,12 +12,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-import operator
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_amd.config_checks import check
 from megatron_amd.config_yaml import apply_override, build_section, parse_yaml, type_name, write_yaml
 from megatron_amd.errors import InputError
 
@@ -390,7 +390,19 @@ class Config:
     """Held-out distances."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        check(self)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt and response that training or evaluation may see."""
+        evaluated = self.evaluation.max_response_length if self.evaluation.prompts else 0
+        return self.data.max_prompt_length + max(self.rollout.max_response_length, evaluated)
+
+    @property
+    def uses_off_policy(self) -> bool:
+        """Whether any iteration learns from off-policy responses."""
+        in_warmup = self.warmup.steps > 0 and self.warmup.beta > 0
+        return self.objective.beta > 0 or self.rollout.reuse.mode == "adaptive" or in_warmup
 
 
 def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
@@ -466,214 +478,3 @@ def _field_docstrings(cls: type) -> dict[str, str]:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 docs[name] = " ".join(text.split())
     return docs
-
-
-def _check(config: Config) -> None:
-    """Everything that can be known from the settings alone."""
-    _check_ranges(config)
-    _check_layout(config.parallel)
-    _check_rollout(config)
-    _check_reuse(config)
-    _check_objective(config)
-    if config.evaluation.prompts and config.data.train and not config.data.evaluation:
-        raise InputError("evaluation.prompts: needs data.evaluation, the held-out prompts")
-    for role, model in (
-        ("student", config.student),
-        ("teacher", config.teacher),
-        ("critic.model", config.critic.model),
-    ):
-        if model.path and model.architecture:
-            raise InputError(f"{role}: give path or architecture, not both")
-        if model.architecture and model.init.layers:
-            raise InputError(f"{role}.init.layers: cuts a pretrained model; with architecture, set its layer count")
-
-
-_UNIT_INTERVAL = (
-    "objective.beta",
-    "warmup.beta",
-    "rollout.min_p",
-    "rollout.teacher_share",
-    "rollout.reuse.initial_probability",
-)
-_SHARES = ("objective.gjs_weight", "objective.skew")
-_POSITIVE_UNIT_INTERVAL = ("objective.gamma", "rollout.top_p", "rollout.reuse.fresh")
-_AT_LEAST_ONE = (
-    "parallel.tensor_model_parallel_size",
-    "parallel.pipeline_model_parallel_size",
-    "training.global_batch_size",
-    "training.micro_batch_size",
-    "training.log_interval",
-    "training.max_nonfinite_steps",
-    "training.head_chunk_tokens",
-    "training.head_memory_mib",
-    "rollout.max_response_length",
-    "rollout.samples_per_prompt",
-    "rollout.batch_size",
-    "rollout.pass_tokens",
-    "rollout.cache_tokens",
-    "rollout.look_interval",
-    "rollout.reuse.steps",
-    "rollout.reuse.capacity",
-    "evaluation.max_response_length",
-    "data.max_prompt_length",
-    "data.limit",
-    "checkpoint.keep",
-    *(f"{section}.optim.decay_steps" for section in ("training", "critic", "warmup")),
-)
-_POSITIVE = (
-    "critic.bound",
-    "parallel.timeout_minutes",
-    "objective.student_temperature",
-    "objective.teacher_temperature",
-)
-_NOT_NEGATIVE = (
-    "objective.critic_steps",
-    "critic.warmup_steps",
-    "warmup.steps",
-    "training.steps",
-    "rollout.top_k",
-    "rollout.temperature",
-    "rollout.min_response_length",
-    "checkpoint.save_interval",
-    "evaluation.prompts",
-    "evaluation.interval",
-    "evaluation.samples",
-    "run.seed",
-    *(
-        f"{section}.optim.{name}"
-        for section in ("training", "critic", "warmup")
-        for name in ("learning_rate", "min_learning_rate", "warmup_steps", "weight_decay", "adam_eps", "clip_grad")
-    ),
-)
-
-
-def _check_ranges(config: Config) -> None:
-    for names, allowed, wanted in (
-        (_UNIT_INTERVAL, lambda x: 0 <= x <= 1, "in [0, 1]"),
-        (_SHARES, lambda x: 0.001 <= x <= 0.999, "in [0.001, 0.999]"),
-        (_POSITIVE_UNIT_INTERVAL, lambda x: 0 < x <= 1, "in (0, 1]"),
-        (_AT_LEAST_ONE, lambda x: x >= 1, "at least 1"),
-        (_POSITIVE, lambda x: x > 0, "positive"),
-        (_NOT_NEGATIVE, lambda x: x >= 0, "zero or more"),
-    ):
-        for name in names:
-            value = operator.attrgetter(name)(config)
-            if value is not None and not allowed(value):
-                raise InputError(f"{name}: must be {wanted}, not {value:g}")
-    for section in ("training", "critic", "warmup"):
-        optim = operator.attrgetter(f"{section}.optim")(config)
-        if not all(0 <= beta < 1 for beta in optim.adam_betas):
-            shown = ", ".join(f"{beta:g}" for beta in optim.adam_betas)
-            raise InputError(f"{section}.optim.adam_betas: must be in [0, 1), not [{shown}]")
-        if optim.min_learning_rate > optim.learning_rate:
-            raise InputError(
-                f"{section}.optim.min_learning_rate: must not exceed learning_rate {optim.learning_rate:g}, but is "
-                f"{optim.min_learning_rate:g}"
-            )
-
-
-def _check_layout(parallel: ParallelConfig) -> None:
-    if parallel.virtual_pipeline_model_parallel_size is not None:
-        raise InputError("parallel.virtual_pipeline_model_parallel_size: is not supported yet; leave it unset")
-    if parallel.context_parallel_size != 1:
-        raise InputError("parallel.context_parallel_size: is not supported yet; leave it at 1")
-    if parallel.expert_model_parallel_size != 1:
-        raise InputError("parallel.expert_model_parallel_size: mixture-of-experts is not supported yet; leave it at 1")
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        raise InputError("parallel.sequence_parallel: needs parallel.tensor_model_parallel_size > 1")
-
-
-def _check_objective(config: Config) -> None:
-    objective, warmup, rollout = config.objective, config.warmup, config.rollout
-    if warmup.name == "amm":
-        raise InputError("warmup.name: must not be amm; use sft or a distance such as kl")
-    if objective.name == "sft" and objective.beta != 1:
-        raise InputError("objective.beta: must be 1 for sft, which learns from off-policy responses alone")
-    if warmup.name == "sft" and warmup.beta != 1 and warmup.steps:
-        raise InputError("warmup.beta: must be 1 for sft, which learns from off-policy responses alone")
-    amm = objective.name == "amm"
-    if amm and objective.beta > 0 and objective.estimator == "sampled" and rollout.off_policy == "data":
-        raise InputError(
-            "objective.estimator: sampled needs rollout.off_policy: teacher or file, because a gold token is not a "
-            "sample of the teacher; use full_vocabulary with responses from the data"
-        )
-    if amm and objective.beta > 0 and objective.estimator == "sampled" and objective.teacher_temperature != 1:
-        raise InputError(
-            "objective.estimator: sampled needs objective.teacher_temperature 1, at which the teacher's responses are "
-            "sampled; use full_vocabulary"
-        )
-    temperature = objective.student_temperature
-    truncated = rollout.top_k or rollout.top_p < 1 or rollout.min_p or rollout.min_response_length
-    own = not truncated and not rollout.teacher_share and rollout.reuse.mode == "none"
-    from_the_student = rollout.temperature == temperature and own
-    if amm and objective.beta < 1 and not from_the_student:
-        for name, value, other in (
-            ("policy_gradient", objective.policy_gradient, "per_step"),
-            ("estimator", objective.estimator, "full_vocabulary"),
-        ):
-            if value != other:
-                raise InputError(
-                    f"objective.{name}: {value} is unbiased only for rollout.temperature {temperature:g}, top_k 0, "
-                    f"top_p 1, min_p 0, min_response_length 0, teacher_share 0 and reuse.mode none; use those, or "
-                    f"{name}: {other}"
-                )
-    if amm and config.critic.tightness_threshold is not None and not objective.critic_steps:
-        raise InputError("critic.tightness_threshold: needs objective.critic_steps of at least 1")
-    has_responses = config.data.response_field or config.data.messages_field
-    if rollout.off_policy == "data" and not has_responses and uses_off_policy(config):
-        raise InputError("rollout.off_policy: data needs data.response_field or data.messages_field")
-    if rollout.off_policy == "file" and rollout.responses is None and uses_off_policy(config):
-        raise InputError("rollout.off_policy: file needs rollout.responses, a folder written by tools/generate.py")
-
-
-def longest_sequence(config: Config) -> int:
-    """Tokens of the longest prompt and response that training or evaluation may see."""
-    evaluated = config.evaluation.max_response_length if config.evaluation.prompts else 0
-    return config.data.max_prompt_length + max(config.rollout.max_response_length, evaluated)
-
-
-def _check_rollout(config: Config) -> None:
-    rollout = config.rollout
-    if rollout.min_response_length > rollout.max_response_length:
-        raise InputError(
-            f"rollout.min_response_length: must not exceed rollout.max_response_length "
-            f"{rollout.max_response_length}, but is {rollout.min_response_length}"
-        )
-    if "" in rollout.stop_strings:
-        raise InputError("rollout.stop_strings: must not hold an empty text")
-    longest = longest_sequence(config)
-    if rollout.cache_tokens is not None and rollout.cache_tokens < longest:
-        raise InputError(
-            f"rollout.cache_tokens: {rollout.cache_tokens} positions have no room for data.max_prompt_length and the "
-            f"longest response of training or evaluation, {longest} tokens; raise it, or lower those"
-        )
-
-
-def _check_reuse(config: Config) -> None:
-    reuse = config.rollout.reuse
-    if reuse.mode == "none":
-        return
-    if config.objective.resample:
-        raise InputError(
-            "objective.resample: draws a fresh batch for each critic step, which rollout.reuse cannot give"
-        )
-    sequences = config.training.global_batch_size * config.rollout.samples_per_prompt
-    if reuse.mode != "steps" and reuse.capacity < sequences:
-        raise InputError(
-            f"rollout.reuse.capacity: {reuse.capacity} does not hold one iteration's {sequences} sequences; raise it"
-        )
-    if reuse.mode == "adaptive" and not (config.evaluation.prompts and config.evaluation.interval):
-        raise InputError(
-            "rollout.reuse.mode: adaptive follows the held-out distance; set evaluation.prompts and evaluation.interval"
-        )
-    if reuse.mode == "adaptive" and config.rollout.off_policy == "teacher":
-        raise InputError(
-            "rollout.reuse.mode: adaptive alternates with fixed sequences; set rollout.off_policy: data or file, or "
-            "use replay"
-        )
-
-
-def uses_off_policy(config: Config) -> bool:
-    """Whether any iteration learns from off-policy responses."""
-    in_warmup = config.warmup.steps > 0 and config.warmup.beta > 0
-    return config.objective.beta > 0 or config.rollout.reuse.mode == "adaptive" or in_warmup

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_amd.config import Config, ModelConfig, longest_sequence
+from megatron_amd.config import Config, ModelConfig
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import Architecture, load_architecture
@@ -56,7 +56,7 @@ def plan_models(config: Config, vocab_size: int | None, implementation: Implemen
     tensor = config.parallel.tensor_model_parallel_size
     pipeline = config.parallel.pipeline_model_parallel_size
     models = {"student": student, "teacher": teacher, **({"critic": trunk} if trunk else {})}
-    longest = longest_sequence(config)
+    longest = config.longest_sequence
     smallest = min(model.vocab_size for model in models.values())
     for where, model in models.items():
         model.check_layout(tensor, pipeline, where)

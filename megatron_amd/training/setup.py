@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_amd.checkpoint.hf import check_export_folder, check_hf_weights
-from megatron_amd.config import Config, uses_off_policy
+from megatron_amd.config import Config
 from megatron_amd.data import (
     PromptDataset,
     PromptLoader,
@@ -144,7 +144,7 @@ def _open_data(
     config: Config, tokenizer: Tokenizer, layout: Layout, warn: Callable[[str], None]
 ) -> tuple[PromptDataset, HeldOut | None]:
     rollout = config.rollout
-    kind = rollout.off_policy if uses_off_policy(config) else None
+    kind = rollout.off_policy if config.uses_off_policy else None
     train = load_rows(
         config.data,
         "train",

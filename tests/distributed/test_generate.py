@@ -310,7 +310,7 @@ def settings_of_length() -> None:
 
 
 def looks() -> None:
-    """The host makes up its mind about every fifth step of those in which nothing is read, and about each of the rest."""
+    """Where nothing is read, the host makes up its mind after five steps, else after each."""
     model, layout = make_model()
     counts = {"expect": 0, "advance": 0}
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "megatron_amd"
 
 LAYERS = (
     {"__init__", "errors"},
-    {"config_yaml", "program"},
+    {"config_yaml", "config_checks", "program"},
     {"config", "batch"},
     {"objectives", "data", "distributed"},
     {"models"},
