@@ -203,6 +203,10 @@ def _check_reuse(config: Any) -> None:
         raise InputError(
             "rollout.reuse.mode: adaptive follows the held-out distance; set evaluation.prompts and evaluation.interval"
         )
+    if reuse.mode == "adaptive" and config.objective.beta == 1:
+        raise InputError(
+            "rollout.reuse.mode: adaptive is about the student's sequences, of which objective.beta 1 takes none; lower it"
+        )
     if reuse.mode == "adaptive" and config.rollout.off_policy == "teacher":
         raise InputError(
             "rollout.reuse.mode: adaptive alternates with fixed sequences; set rollout.off_policy: data or file, or "

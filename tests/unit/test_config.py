@@ -233,6 +233,10 @@ def test_wrong_types_say_what_is_wanted(override, message):
             "adaptive follows the held-out distance; set evaluation.prompts",
         ),
         (
+            ["objective.beta=1", "rollout.reuse.mode=adaptive", "evaluation.prompts=8", "evaluation.interval=1"],
+            "adaptive is about the student's sequences, of which objective.beta 1 takes none",
+        ),
+        (
             [*REUSE, "rollout.reuse.mode=adaptive", "evaluation.prompts=8", "evaluation.interval=1"],
             "adaptive alternates with fixed sequences; set rollout.off_policy: data or file, or use replay",
         ),
