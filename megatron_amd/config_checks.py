@@ -205,7 +205,8 @@ def _check_reuse(config: Any) -> None:
         )
     if reuse.mode == "adaptive" and config.objective.beta == 1:
         raise InputError(
-            "rollout.reuse.mode: adaptive is about the student's sequences, of which objective.beta 1 takes none; lower it"
+            "rollout.reuse.mode: adaptive is about the student's sequences, of which objective.beta 1 takes none; "
+            "lower it"
         )
     if reuse.mode == "adaptive" and config.rollout.off_policy == "teacher":
         raise InputError(
