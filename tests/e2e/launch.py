@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,15 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports of this machine that nobody listens at."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for opened in sockets:
-            opened.bind(("localhost", 0))
-        return [opened.getsockname()[1] for opened in sockets]
+    """Different ports of this machine that nobody listens at, below those that outgoing connections are given."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 22_000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("localhost", port))
+            ports.append(port)
+        if len(ports) == count:
+            break
+    return ports
 
 
 def launch_many(folder: Path, cases: Sequence[dict[str, Any]], ranks: int | None = None) -> dict[str, list[Any]]:

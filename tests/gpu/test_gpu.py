@@ -117,8 +117,8 @@ def prompts() -> list[list[int]]:
 
 def log_probs(model: Any, layout: Any) -> torch.Tensor:
     """[prompts, vocabulary] in fp32 on the CPU, by the passes of a rollout."""
-    from megatron_amd.models.kv_cache import Segment, kv_cache
-    from megatron_amd.rollout.generate import Generator, generation_mode, stage_pass
+    from megatron_amd.models.kv_cache import Segment
+    from megatron_amd.rollout.generate import generation_mode, make_generator, stage_pass
     from megatron_amd.rollout.pool import Pass
 
     rows = prompts()
@@ -126,7 +126,7 @@ def log_probs(model: Any, layout: Any) -> torch.Tensor:
     coming = Pass([token for row in rows for token in row], [], segments, [], [])
     last = torch.tensor([len(row) for row in rows], device=layout.device).cumsum(0) - 1
     with generation_mode(model):
-        generator = Generator(model, 1.0, [kv_cache(model, len(rows) + 1, 32, layout.device)])
+        generator = make_generator(model, 1.0, [len(rows)], 32, layout)
         hidden = stage_pass(generator, 0, coming, layout)[last, 0]
         return (hidden @ model.head_weight().t()).float().log_softmax(dim=-1).cpu()
 

@@ -82,7 +82,10 @@ def test_rollouts_in_fp8_have_token_counts_that_its_products_take(facts: dict[st
 
 
 def test_passes_in_fp8_are_filled_up() -> None:
-    fp8, bf16 = (Generator(types.SimpleNamespace(config=types.SimpleNamespace(fp8=x)), 1.0, []) for x in ("e4m3", None))
+    fp8, bf16 = (
+        Generator(types.SimpleNamespace(config=types.SimpleNamespace(fp8=x)), 1.0, [], None, None)
+        for x in ("e4m3", None)
+    )
     coming = Pass([5] * 40, [], [], [], [])
     assert padded_count(coming, [fp8]) == padded_count(coming, [bf16, fp8]) == 64
     assert padded_count(coming, [bf16]) == 40
