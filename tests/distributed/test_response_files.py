@@ -61,6 +61,7 @@ class Reference(NamedTuple):
 
 def join(config: Config) -> Layout:
     """`initialize` on a rank of the test's own process group."""
+    initialize.check_world_size(config.parallel, dist.get_world_size())
     layout = build_layout(config.parallel, torch.device("cpu"))
     initialize.set_seeds(config.run.seed, layout)
     return layout
@@ -399,17 +400,15 @@ ARCHITECTURE = {
         (["parallel.tensor_model_parallel_size=2"], "parallel: 1 rank(s) cannot be split into groups of 2"),
     ],
 )
-def test_mistakes_are_one_line(
-    reference: Reference, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], says: str
-) -> None:
-    """The program as it is, in this process."""
+def test_mistakes_are_one_line(reference: Reference, tmp_path: Path, arguments: list[str], says: str) -> None:
+    """In a process of its own: one that has had a process group must not be forked from again."""
     output = shutil.copytree(reference.output, tmp_path / "out")
     before = sorted(path.name for path in output.iterdir())
     fixed = ["--config", str(reference.folder / "run.yaml"), "--output", str(output), "--shard-size", "3"]
     filled = [argument.replace("{1}", str(tmp_path)) for argument in arguments]
-    assert generate.main([*fixed, f"rollout.samples_per_prompt={SAMPLES}", *filled]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("error: " + says.replace("{0}", str(output)).replace("{1}", str(tmp_path)))
-    assert printed.err.count("\n") == 1
+    [ended] = run_distributed(run_rank, 1, [*fixed, f"rollout.samples_per_prompt={SAMPLES}", *filled], None)
+    assert ended.status == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("error: " + says.replace("{0}", str(output)).replace("{1}", str(tmp_path)))
+    assert ended.stderr.count("\n") == 1
     assert sorted(path.name for path in output.iterdir()) == before
