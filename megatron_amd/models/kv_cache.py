@@ -138,27 +138,17 @@ class KVCache:
 
     def _bundled(self, first: int) -> Iterator[Bundle | Segment]:
         """The segments, the first of which has its tokens at place `first`."""
-        waiting: list[Segment] = []
-        for segment in (*self.segments, None):
-            lengths = [s.length for s in waiting] + ([segment.length] if segment else [])
-            follows = segment and (not waiting or segment.row == waiting[-1].row + 1) and not segment.start
-            if follows and len(lengths) * max(lengths) <= _PADDING * sum(lengths):
-                assert segment is not None
-                waiting.append(segment)
-                continue
-            if waiting:
-                yield self._bundle(waiting, first)
-                first += sum(s.length for s in waiting)
-            waiting = []
-            if segment is not None and segment.start:
-                yield segment
-                first += segment.length
-            elif segment is not None:
-                waiting = [segment]
+        groups: list[list[Segment]] = []
+        for segment in self.segments:
+            if groups and _go_together([*groups[-1], segment]):
+                groups[-1].append(segment)
+            else:
+                groups.append([segment])
+        for group in groups:
+            yield group[0] if len(group) == 1 else self._bundle(group, first)
+            first += sum(segment.length for segment in group)
 
-    def _bundle(self, segments: Sequence[Segment], first: int) -> Bundle | Segment:
-        if len(segments) == 1:
-            return segments[0]
+    def _bundle(self, segments: Sequence[Segment], first: int) -> Bundle:
         longest, end = max(s.length for s in segments), first
         places: list[list[int]] = []
         real: list[int] = []
@@ -178,9 +168,8 @@ class KVCache:
         if self.blocks:
             before, span_before = self.blocks[-1]
             widest = max(span, span_before)
-            in_vain = (before.stop - before.start) * (widest - span_before) + (block.stop - block.start) * (
-                widest - span
-            )
+            in_vain = (before.stop - before.start) * (widest - span_before)
+            in_vain += (block.stop - block.start) * (widest - span)
             if in_vain < _CALL_POSITIONS:
                 self.blocks[-1] = slice(before.start, block.stop), widest
                 return
@@ -212,6 +201,14 @@ class KVCache:
         finally:
             for attention in self._attentions:
                 attention.cache = None
+
+
+def _go_together(segments: Sequence[Segment]) -> bool:
+    """Whether these may be a bundle, the last of them being new to it."""
+    lengths = [segment.length for segment in segments]
+    from_the_beginning = all(segment.start == 0 for segment in segments)
+    neighbours = segments[-1].row == segments[-2].row + 1
+    return from_the_beginning and neighbours and len(lengths) * max(lengths) <= _PADDING * sum(lengths)
 
 
 def kv_cache(model: nn.Module, rows: int, max_length: int, device: torch.device) -> KVCache:

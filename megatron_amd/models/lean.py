@@ -82,7 +82,7 @@ class LeanLayer:
         """hidden plus the product with a weight whose columns are split over the group."""
         if self.group is None:
             return linear(inputs, hidden)
-        output = linear.without_bias(inputs)
+        output = linear(inputs, with_bias=False)
         dist.all_reduce(output, group=self.group)
         return hidden + (output if linear.bias is None else output + linear.bias)
 
@@ -100,22 +100,17 @@ class Product:
         if pack and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _PACKED_TOKENS)
 
-    def __call__(self, inputs: Tensor, added: Tensor | None = None) -> Tensor:
+    def __call__(self, inputs: Tensor, added: Tensor | None = None, *, with_bias: bool = True) -> Tensor:
         """[T, K] -> [T, N], plus `added` [T, N]."""
+        bias = self.bias if with_bias else None
         if self._packed is not None and len(inputs) <= _PACKED_TOKENS:
             if added is None:
-                return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
-            return torch.ops.mkldnn._linear_pointwise.binary(inputs, added, self._packed, self.bias, "add")  # type: ignore[no-any-return]
+                return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, bias, "none", [], "")  # type: ignore[no-any-return]
+            return torch.ops.mkldnn._linear_pointwise.binary(inputs, added, self._packed, bias, "add")  # type: ignore[no-any-return]
         if added is None:
-            return F.linear(inputs, self.weight, self.bias)
+            return F.linear(inputs, self.weight, bias)
         output = torch.addmm(added, inputs, self.weight.t())
-        return output if self.bias is None else output.add_(self.bias)
-
-    def without_bias(self, inputs: Tensor) -> Tensor:
-        """[T, K] -> [T, N]."""
-        if self._packed is not None and len(inputs) <= _PACKED_TOKENS:
-            return torch.ops.mkldnn._linear_pointwise(inputs, self._packed, None, "none", [], "")  # type: ignore[no-any-return]
-        return F.linear(inputs, self.weight)
+        return output if bias is None else output.add_(bias)
 
 
 class _Norm:

@@ -159,7 +159,7 @@ def generate(
     )
 
     def ended(response: Response) -> bool:
-        return response.tokens[-1] in sampling.eos_ids or (is_complete is not None and is_complete(response.tokens))
+        return has_ended(response.tokens, sampling.eos_ids, is_complete)
 
     def noise(coming: Pass, step: int) -> Tensor:
         numbers = [response.number for response in coming.responses]
@@ -201,6 +201,13 @@ def generate(
         layout.device,
         log_probs=[response.log_probs for response in complete],
     )
+
+
+def has_ended(
+    tokens: Sequence[int], eos_ids: Collection[int], is_complete: Callable[[Sequence[int]], bool] | None
+) -> bool:
+    """Whether EOS or a stop string ends a response, rather than its length."""
+    return tokens[-1] in eos_ids or (is_complete is not None and is_complete(tokens))
 
 
 def make_generator(

@@ -24,7 +24,7 @@ from megatron_amd.data.tokenizer import stopping_rule
 from megatron_amd.distributed.initialize import agreed, apart
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
-from megatron_amd.rollout.generate import generate
+from megatron_amd.rollout.generate import generate, has_ended
 
 
 @dataclass
@@ -98,10 +98,6 @@ def write_responses(
             report(done.responses + responses, done.tokens + tokens)
 
     replica, is_complete = layout.groups.mp, stopping_rule(tokenizer, header.sampling["stop_strings"])
-
-    def has_ended(response: Sequence[int]) -> bool:
-        return response[-1] in tokenizer.eos_ids or (is_complete is not None and is_complete(response))
-
     with apart() as check_others:
         for shard in shards:
             with agreed(replica):
@@ -121,7 +117,7 @@ def write_responses(
             )
             assert rollouts.log_probs is not None
             responses, log_probs = rollouts.responses(), rollouts.log_probs.tolist()
-            ended = [has_ended(response) for response in responses]
+            ended = [has_ended(response, tokenizer.eos_ids, is_complete) for response in responses]
             with agreed(replica):
                 if replica.rank() == 0:
                     lines = _lines(prompts, header.samples, responses, log_probs, ended, tokenizer)

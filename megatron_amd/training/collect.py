@@ -15,12 +15,14 @@ from megatron_amd.distributed.layout import Layout
 from megatron_amd.distributed.schedule import forward_states
 from megatron_amd.models.layer_specs import fp8_multiple
 from megatron_amd.objectives.moments import discount_weights
-from megatron_amd.rollout.generate import generate
+from megatron_amd.rollout.generate import generate, has_ended
 from megatron_amd.training.players import Players
 
 _FIRST_BATCHES = 10
 """Batches whose share of cut responses the later ones are held against, and that the latest share is a mean over."""
 _CLEARLY_MORE = 0.2
+Generating = Callable[[str, int], Callable[[int, int], None] | None]
+"""Who is going to write, and how many responses -> what is told how many are complete, and their tokens."""
 OFF, ON = False, True
 """Keys for the two kinds of states: the teacher's (or the data's) and the student's own."""
 
@@ -32,10 +34,17 @@ def noise_seed(seed: int, stream: str) -> int:
 
 
 def respond(
-    players: Players, model: torch.nn.Module, prompts: Prompts, eos_ids: tuple[int, ...], stream: str, **sampling: Any
+    players: Players,
+    model: torch.nn.Module,
+    prompts: Prompts,
+    eos_ids: tuple[int, ...],
+    stream: str,
+    generating: Generating | None = None,
+    **sampling: Any,
 ) -> Rollouts:
     """Responses of one of the models, with the noise of a stream; `sampling` goes to `generate`."""
     rollout = players.config.rollout
+    count = len(prompts) * sampling.get("samples_per_prompt", 1)
     return generate(
         model,
         prompts,
@@ -48,16 +57,13 @@ def respond(
         cache_tokens=rollout.cache_tokens,
         look_interval=rollout.look_interval,
         is_complete=players.is_complete,
+        report=None if generating is None else generating(stream, count),
         **sampling,
     )
 
 
-Report = Callable[[int, int], None]
-"""Told of a generation how many responses are complete, and their tokens."""
-
-
 def student_responses(
-    players: Players, prompts: Prompts, eos_ids: tuple[int, ...], report: Report | None = None
+    players: Players, prompts: Prompts, eos_ids: tuple[int, ...], generating: Generating | None = None
 ) -> Rollouts:
     """On-policy responses, `rollout.samples_per_prompt` to each prompt, from the student as it is now, mixed with the
     teacher where `rollout.teacher_share` says so."""
@@ -68,6 +74,7 @@ def student_responses(
         prompts,
         eos_ids,
         "student",
+        generating,
         max_response_length=r.max_response_length,
         temperature=r.temperature,
         top_k=r.top_k,
@@ -75,13 +82,12 @@ def student_responses(
         min_p=r.min_p,
         min_response_length=r.min_response_length,
         samples_per_prompt=r.samples_per_prompt,
-        report=report,
         mixed_with=(players.teacher, r.teacher_share) if r.teacher_share else None,
     )
 
 
 def off_policy_responses(
-    players: Players, prompts: Prompts, eos_ids: tuple[int, ...], report: Report | None = None
+    players: Players, prompts: Prompts, eos_ids: tuple[int, ...], generating: Generating | None = None
 ) -> Rollouts:
     """Off-policy responses: sampled from the teacher at temperature 1, or those that came with the prompts."""
     r = players.config.rollout
@@ -89,7 +95,13 @@ def off_policy_responses(
         assert prompts.responses is not None
         return Rollouts.from_lists(prompts.tokens, prompts.responses, players.layout.device)
     return respond(
-        players, players.teacher, prompts, eos_ids, "teacher", max_response_length=r.max_response_length, report=report
+        players,
+        players.teacher,
+        prompts,
+        eos_ids,
+        "teacher",
+        generating,
+        max_response_length=r.max_response_length,
     )
 
 
@@ -134,11 +146,16 @@ def response_metrics(players: Players, rollouts: Mapping[bool, Rollouts], eos_id
     longest, layout = players.config.rollout.max_response_length, players.layout
     sums = torch.zeros(2, 4, dtype=torch.float64)
     for on_policy, sequences in rollouts.items():
-        for response in sequences.responses():
-            ended = bool(response) and response[-1] in eos_ids
-            stopped = not ended and players.is_complete is not None and players.is_complete(response)
-            capped = len(response) >= longest and not ended and not stopped
-            sums[int(on_policy)] += torch.tensor([1, len(response), ended, capped], dtype=torch.float64)
+        responses = sequences.responses()
+        full = [response for response in responses if len(response) >= longest]
+        sums[int(on_policy)] = torch.tensor(
+            [
+                len(responses),
+                sum(map(len, responses)),
+                sum(bool(response) and response[-1] in eos_ids for response in responses),
+                sum(not has_ended(response, eos_ids, players.is_complete) for response in full),
+            ]
+        )
     on_device = sums.to(layout.device)
     dist.all_reduce(on_device, group=layout.groups.dp)
     metrics = {}

@@ -178,7 +178,7 @@ class Trainer:
 
     def _rollouts(self, beta: float) -> dict[bool, Rollouts]:
         """The iteration's sequences: generated now, kept from earlier iterations, or the data's."""
-        progress, players = self.progress, self.players
+        progress = self.progress
         by_teacher = self.config.rollout.off_policy == "teacher"
         done = progress.iteration / max(self.phases["main"], 1) if progress.phase == "main" else 0.0
         kinds = [kind for kind, used in ((OFF, beta > 0 and by_teacher), (ON, beta < 1)) if used]
@@ -190,13 +190,10 @@ class Trainer:
                 prompts = self.loader.next()
 
         def off_policy(prompts: Prompts) -> Rollouts:
-            return off_policy_responses(
-                players, prompts, self.eos_ids, self.journal.generating("teacher", len(prompts))
-            )
+            return off_policy_responses(self.players, prompts, self.eos_ids, self.journal.generating)
 
         def on_policy(prompts: Prompts) -> Rollouts:
-            count = len(prompts) * self.config.rollout.samples_per_prompt
-            return student_responses(players, prompts, self.eos_ids, self.journal.generating("student", count))
+            return student_responses(self.players, prompts, self.eos_ids, self.journal.generating)
 
         rollouts: dict[bool, Rollouts] = {}
         if beta > 0 and by_teacher:
