@@ -36,7 +36,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_amd.batch import Batch, Prompts
-from megatron_amd.config import Config, EvaluationConfig, ModelConfig, OptimConfig, WarmupConfig, load_config
+from megatron_amd.config import (
+    Config,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    WarmupConfig,
+    load_config,
+)
 from megatron_amd.data import Tokenizer, first_prompts, load_rows, load_tokenizer
 from megatron_amd.data.templates import make_template
 from megatron_amd.distributed.initialize import agreed, initialize, shutdown, world_size_from_environment
@@ -131,14 +139,12 @@ def settings(options: argparse.Namespace) -> tuple[Config, str]:
         ),
         warmup=WarmupConfig(),
         evaluation=EvaluationConfig(),
-        rollout=replace(
-            config.rollout,
-            off_policy="teacher",
+        rollout=RolloutConfig(  # the models' own samples, however the run draws
             max_response_length=min(config.rollout.max_response_length, RESPONSE_TOKENS),
-            samples_per_prompt=1,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            batch_size=config.rollout.batch_size,
+            pass_tokens=config.rollout.pass_tokens,
+            cache_tokens=config.rollout.cache_tokens,
+            look_interval=config.rollout.look_interval,
         ),
         training=replace(config.training, optim=still, global_batch_size=world_size_from_environment()),
     )

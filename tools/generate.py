@@ -60,8 +60,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # What the objective asks of sampling is asked when it is trained.
-    config = load_config(options.config, [*options.overrides, "objective.name=kl"])
+    # What the objective and the reuse of sequences ask of settings is asked when there is training.
+    config = load_config(options.config, [*options.overrides, "objective.name=kl", "rollout.reuse.mode=none"])
 
     from megatron_amd.distributed.initialize import shutdown  # heavy imports wait until the settings are right
     from megatron_amd.distributed.quiet import silence_known_warnings

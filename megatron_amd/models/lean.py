@@ -97,7 +97,7 @@ class Product:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, pack: bool) -> None:
         self.weight, self.bias = weight.detach(), bias
         self._packed: Tensor | None = None
-        if pack and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if pack and weight.device.type == "cpu" and _can_pack(weight.dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, _PACKED_TOKENS)
 
     def __call__(self, inputs: Tensor, added: Tensor | None = None, *, with_bias: bool = True) -> Tensor:
@@ -111,6 +111,13 @@ class Product:
             return F.linear(inputs, self.weight, bias)
         output = torch.addmm(added, inputs, self.weight.t())
         return output if bias is None else output.add_(bias)
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this type on this machine's CPU."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Norm:

@@ -71,8 +71,9 @@ class Replay:
         settings = self._settings
         chance = self._random(iteration, "turn", 1)[0]
         if settings.mode == "steps":
-            ages = [iteration - self._memories[kind][0].born for kind in kinds if self._memories[kind]]
-            return Turn(iteration, True, len(ages) < len(kinds) or max(ages, default=settings.steps) >= settings.steps)
+            whole = all(len(self._memories[kind]) == self._needed[kind] for kind in kinds)  # or settings have changed
+            ages = [iteration - self._memories[kind][0].born for kind in kinds] if whole else []
+            return Turn(iteration, True, max(ages, default=settings.steps) >= settings.steps)
         if settings.mode == "replay":
             few = any(len(self._memories[kind]) < self._needed[kind] for kind in kinds)
             return Turn(iteration, True, few or chance < settings.fresh)

@@ -141,10 +141,9 @@ def _sample_softmax(
     logits: Tensor, uniforms: Tensor, vocab_size: int, shard_start: int, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor]:
     """Tokens and log-probabilities of the softmax itself, whose probabilities never exist all at once."""
-    real = max(vocab_size - shard_start, 0)
-    peak = max_over_group(local_max(logits[:, :real]).float(), group)[:, None]
-
     rows, size = logits.shape
+    real = min(max(vocab_size - shard_start, 0), size)
+    peak = max_over_group(local_max(logits[:, :real]).float(), group)[:, None]
     sums = torch.zeros(rows, -(-size // _BLOCK), dtype=torch.float64, device=logits.device)
     count = max(1, _CPU_NUMBERS // size) if logits.device.type == "cpu" else max(1, rows)
     for first in range(0, rows, count):

@@ -309,6 +309,25 @@ def settings_of_length() -> None:
     assert run_generate(model, layout, edge, eos_ids=()).lengths.tolist() == [64, 64]
 
 
+def after_a_change() -> None:
+    """Packed weights are those of the moment: not of the generation before."""
+    model, layout = make_model()
+    before = run_generate(model, layout).responses()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    packed = run_generate(model, layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_amd.rollout.generate._PACK_FROM", LONGEST + 1)
+        plain = run_generate(model, layout)
+    assert packed.responses() == plain.responses() != before
+    torch.testing.assert_close(packed.log_probs, plain.log_probs, rtol=0, atol=1e-5)
+
+
+def test_after_a_change():
+    run_distributed(after_a_change, 1)
+
+
 def looks() -> None:
     """Where nothing is read, the host makes up its mind after five steps, else after each."""
     model, layout = make_model()

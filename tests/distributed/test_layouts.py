@@ -162,6 +162,9 @@ def check_covered(variant: str, metrics: list[dict[str, Any]], evaluations: list
         assert 0 in staleness, "some iterations generate"
         assert any(age for age in staleness), "some do not"
         assert (None in staleness) == (variant == "adaptive"), "some learn from the data alone"
+        for row in trained:
+            if "rollout/staleness" not in row:  # with weight 1, whatever beta is
+                assert row["student/loss"] == pytest.approx(row["amm/d_mm_trained_off"], rel=1e-5)
         return
     phases = {"pair": [], "own": [], "sampled": ["warmup", "critic", "critic"]}.get(variant, ["warmup"])
     assert [row["phase"] for row in trained] == [*phases, "main", "main", "main"]

@@ -76,6 +76,27 @@ def steps() -> None:
     assert len(set(played[0][2])) == NEEDED[True]
 
 
+def steps_with_both_kinds() -> None:
+    """A kind that comes later, as in a new phase, or a batch of another size, as after a resume, is generated anew."""
+    layout = build_layout(ParallelConfig(), torch.device("cpu"))
+    game = Replay(ReuseConfig(mode="steps", steps=3), 5, layout, NEEDED)
+    prompts = Prompts((1, 2, 3, 4), (0,) * 4, ((9,),) * 4)
+
+    def serve(iteration: int, kinds: list[bool]) -> bool:
+        turn = game.turn(iteration, 0.0, kinds)
+        for kind in kinds:
+            new = Rollouts.from_lists([[9]] * NEEDED[kind], [[iteration]] * NEEDED[kind])
+            found, _ = game.serve(turn, kind, prompts if turn.fresh else None, lambda _, new=new: new)
+            assert len(found) == NEEDED[kind]
+        return turn.fresh
+
+    assert [serve(0, [False]), serve(1, [False])] == [True, False]
+    assert [serve(i, [False, True]) for i in (2, 3, 4, 5)] == [True, False, False, True], "both, as one comes"
+    larger = Replay(ReuseConfig(mode="steps", steps=3), 5, layout, {kind: 2 * count for kind, count in NEEDED.items()})
+    larger.load_state_dict(json.loads(json.dumps(game.state_dict())))
+    assert larger.turn(6, 0.0, [False, True]).fresh
+
+
 def replay() -> None:
     game = Game(mode="replay", fresh=0.4, capacity=20)
     played = [game.play() for _ in range(400)]
@@ -107,7 +128,7 @@ def adaptive() -> None:
     assert any(student for _, student, _, _ in late)
 
 
-@pytest.mark.parametrize("work", [none, steps, replay, adaptive])
+@pytest.mark.parametrize("work", [none, steps, steps_with_both_kinds, replay, adaptive])
 def test_modes(work):
     run_distributed(work, 1)
 

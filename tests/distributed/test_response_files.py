@@ -140,6 +140,20 @@ def test_replicas_write_the_same_bytes(reference: Reference, tmp_path: Path, ran
     assert same_files(tmp_path / "out", reference.output)
 
 
+def test_settings_that_are_trainings_own_do_not_matter(reference: Reference, tmp_path: Path) -> None:
+    """The file of a run that trains on these responses."""
+    adaptive = (
+        "rollout.reuse.mode=adaptive",
+        "rollout.off_policy=data",
+        "evaluation.prompts=4",
+        "evaluation.interval=1",
+    )
+    shared = ("rollout.teacher_share=0.3", "rollout.reuse.capacity=8", "objective.policy_gradient=per_step")
+    [ended] = run_tool(reference.folder, tmp_path / "out", *adaptive, *shared)
+    assert ended.status == 0, ended.stderr
+    assert same_files(tmp_path / "out", reference.output)
+
+
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
 def test_ranks_of_a_replica_write_the_same_tokens(reference: Reference, tmp_path: Path, axis: str) -> None:
     """Log-probabilities differ in the last digit, where sums are formed in another order."""

@@ -54,6 +54,26 @@ def draw_on_shards() -> list[list[list[float]]]:
     ]
 
 
+def draw_at_a_border() -> list[int]:
+    """All mass in the first shard's last block, which the shard does not fill; noise as near to 1 as there is."""
+    group, rows, shard = dist.group.WORLD, 2000, 300
+    start = group.rank() * shard
+    logits = torch.full((rows, 2 * shard), -200.0)
+    logits[:, 256:shard] = torch.randn(rows, shard - 256, generator=torch.Generator().manual_seed(2))
+    uniforms = torch.full((rows,), 1 - 2.0**-53, dtype=torch.float64)
+    part = logits[:, start : start + shard]
+    tokens, log_probs = sample_tokens(part, uniforms, vocab_size=2 * shard, shard_start=start, group=group)
+    exact = logits.double().log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    assert float((log_probs - exact).abs().max()) < 1e-5
+    return tokens.tolist()
+
+
+@pytest.mark.distributed
+def test_a_shard_that_ends_within_a_block_draws_its_own_tokens():
+    for tokens in run_distributed(draw_at_a_border, 2):
+        assert all(256 <= token < 300 for token in tokens)
+
+
 @pytest.mark.distributed
 def test_shards_draw_the_tokens_of_the_whole_vocabulary():
     (expected,) = run_distributed(draw_on_shards, 1)

@@ -49,6 +49,15 @@ def test_a_run_s_student_passes_on_one_rank(folder: Path) -> None:
     assert result.stderr == ""
 
 
+def test_however_the_run_draws_its_sequences(folder: Path) -> None:
+    settings = ("rollout.reuse.mode=steps", "rollout.teacher_share=0.2", "rollout.min_p=0.1", "rollout.top_k=5")
+    result = call(
+        TOOL, "--config", str(folder / "run.yaml"), "objective.policy_gradient=per_step", *settings
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("all 25 checks passed\n")
+
+
 @pytest.mark.distributed
 def test_a_folder_alone_passes_on_two_ranks(folder: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TOOL)
