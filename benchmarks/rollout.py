@@ -8,9 +8,10 @@ training file. Both sample at temperature 1, with as many threads in all.
 
 `fixed`: a batch of 8 or 32 prompts, 64 new tokens each, EOS ignored; rates are for the whole call, prompts included.
 `bound`: the matrix products of that generation and nothing else, as torch's `linear` makes them: the prompts' tokens
-together, then one token of each prompt at a time. `eos`: 64 prompts that end
-where they end, at most 128 new tokens; generate has the best of several batch sizes. Figures are medians over rounds
-in which everything runs once. The last line of output is one JSON object with the ratios.
+together, then one token of each prompt at a time. `eos`: 64 prompts that end where they end, at most 128 new tokens;
+generate has the best of several batch sizes. Figures are medians over rounds in which everything runs once. Two
+tensor-parallel ranks cannot share SmolLM2's 9 heads: they are measured on a twin with 8 heads of 64 numbers in 4 groups
+and random weights, beside one process on the same twin. The last line of output is one JSON object with the ratios.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import json
 import os
 import socket
 import statistics
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from megatron_amd.batch import Prompts
-from megatron_amd.config import Config, DataConfig, ModelConfig, ParallelConfig, TrainingConfig
+from megatron_amd.config import Config, DataConfig, InitConfig, ModelConfig, ParallelConfig, TrainingConfig
 from megatron_amd.data import first_prompts, load_rows, load_tokenizer
 from megatron_amd.distributed.initialize import initialize, shutdown
 from megatron_amd.distributed.quiet import silence_known_warnings
@@ -53,20 +55,23 @@ class Case(NamedTuple):
     """What one set of processes measures."""
 
     model: str
+    tokenizer: str
     data: str
     precision: str
     layout: str
     repeats: int
     port: int
+    twin: bool = False
+    """The model is only a config.json; nothing but our own generation is measured."""
 
 
 def settings(case: Case) -> Config:
     tensor, _ = LAYOUTS[case.layout]
-    model = ModelConfig(path=case.model)
+    model = ModelConfig(path=case.model, init=InitConfig(weights="random" if case.twin else "pretrained"))
     return Config(
         teacher=model,
         student=model,
-        data=DataConfig(train=case.data, max_prompt_length=64, on_long_prompt="truncate"),
+        data=DataConfig(train=case.data, tokenizer=case.tokenizer, max_prompt_length=64, on_long_prompt="truncate"),
         parallel=ParallelConfig(tensor_model_parallel_size=tensor),
         training=replace(TrainingConfig(), precision=case.precision, global_batch_size=64),
     )
@@ -81,7 +86,7 @@ def measure(rank: int, case: Case, results: Any) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     silence_known_warnings()
     config = settings(case)
-    tokenizer = load_tokenizer(case.model)
+    tokenizer = load_tokenizer(case.tokenizer)
     layout = initialize(config)
     plan = plan_models(config, tokenizer.vocab_size)
     model = build_model("student", config, plan, layout)
@@ -106,7 +111,7 @@ def measure(rank: int, case: Case, results: Any) -> None:
         tasks[f"fixed {batch}: ours"] = lambda prompts=prompts: ours(prompts, (), FIXED_TOKENS)  # type: ignore[misc]
     everything = share(EOS_PROMPTS)
     tasks["eos: ours"] = lambda: ours(everything, tokenizer.eos_ids, EOS_TOKENS)
-    if ranks == 1:
+    if ranks == 1 and not case.twin:
         peer = Transformers(case.model, case.precision, tokenizer.eos_ids)
         products = [MatrixProducts(model, batch, sum(map(len, share(batch).tokens))) for batch in BATCHES]
         for batch, product in zip(BATCHES, products, strict=True):
@@ -210,21 +215,46 @@ def main() -> None:
     ratios: dict[str, float] = {}
     for folder in options.models:
         for precision in options.precisions:
-            rates: dict[str, dict[str, float]] = {}
-            for layout in options.layouts:
-                tensor, data = LAYOUTS[layout]
-                results = multiprocessing.get_context("spawn").SimpleQueue()
-                case = Case(folder, options.data, precision, layout, options.repeats, free_port())
-                multiprocessing.spawn(measure, (case, results), nprocs=tensor * data)
-                rates[layout] = results.get()
             name = f"{Path(folder).name} {precision}"
-            print(f"\n{name}, tokens per second\n{'':<22}" + "".join(f"{layout:>14}" for layout in rates))
-            for task in next(iter(rates.values())):
-                shown = [f"{found[task]:>14.0f}" if task in found else f"{'':>14}" for found in rates.values()]
-                print(f"{task:<22}" + "".join(shown), flush=True)
-            ratios |= compare(name, rates)
+            case = Case(folder, folder, options.data, precision, "", options.repeats, 0)
+            possible = [layout for layout in options.layouts if divides(folder, LAYOUTS[layout][0])]
+            ratios |= report(name, case, possible)
+            others = [layout for layout in options.layouts if layout not in possible]
+            if others:
+                with tempfile.TemporaryDirectory() as twin:
+                    write_twin(folder, Path(twin))
+                    case = case._replace(model=twin, twin=True)
+                    ratios |= report(f"twin of {name}", case, ["one process", *others])
     print()
     print(json.dumps({key: round(ratio, 3) for key, ratio in ratios.items()}))
+
+
+def divides(folder: str, tensor: int) -> bool:
+    """Whether so many tensor-parallel ranks can share the model's heads."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    return config["num_attention_heads"] % tensor == 0 and config["num_key_value_heads"] % tensor == 0
+
+
+def write_twin(folder: str, twin: Path) -> None:
+    config = json.loads((Path(folder) / "config.json").read_text())
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    (twin / "config.json").write_text(json.dumps(config))
+
+
+def report(name: str, case: Case, layouts: Sequence[str]) -> dict[str, float]:
+    """Measure under each layout, print a table, and return the ratios."""
+    rates: dict[str, dict[str, float]] = {}
+    for layout in layouts:
+        tensor, data = LAYOUTS[layout]
+        results = multiprocessing.get_context("spawn").SimpleQueue()
+        here = case._replace(layout=layout, port=free_port())
+        multiprocessing.spawn(measure, (here, results), nprocs=tensor * data)
+        rates[layout] = results.get()
+    print(f"\n{name}, tokens per second\n{'':<22}" + "".join(f"{layout:>14}" for layout in rates))
+    for task in next(iter(rates.values())):
+        shown = [f"{found[task]:>14.0f}" if task in found else f"{'':>14}" for found in rates.values()]
+        print(f"{task:<22}" + "".join(shown), flush=True)
+    return compare(name, rates)
 
 
 def compare(name: str, rates: dict[str, dict[str, float]]) -> dict[str, float]:

@@ -239,7 +239,7 @@ class ReuseConfig:
     """`none`: each iteration generates its own. `steps`: a batch serves `steps` iterations. `replay`: some iterations
     generate (`fresh`), all draw from a buffer. `adaptive`: DistiLLM's schedule (Ko et al. 2024). An iteration learns
     from the student's sequences with a probability that rises by 0.1 when the held-out kl_off has risen, else from
-    off-policy ones alone; of the former a share that falls from 1 to 0 over the run generates."""
+    off-policy ones alone; of the former a share that falls from 1 to 0 over the main phase generates."""
     steps: int = 2
     """Iterations that a batch serves (`steps`)."""
     fresh: float = 0.5

@@ -146,19 +146,22 @@ def _check_objective(config: Any) -> None:
             "sampled; use full_vocabulary"
         )
     temperature = objective.student_temperature
-    truncated = rollout.top_k or rollout.top_p < 1 or rollout.min_p or rollout.min_response_length
-    own = not truncated and not rollout.teacher_share and rollout.reuse.mode == "none"
-    from_the_student = rollout.temperature == temperature and own
-    if amm and objective.beta < 1 and not from_the_student:
+    own = {"temperature": temperature, "top_k": 0, "top_p": 1, "min_p": 0, "min_response_length": 0, "teacher_share": 0,
+           "reuse.mode": "none"}  # fmt: skip
+    wanted = [
+        f"rollout.{name} {value if isinstance(value, str) else format(value, 'g')}"
+        for name, value in own.items()
+        if operator.attrgetter(name)(rollout) != value
+    ]
+    if amm and objective.beta < 1 and wanted:
         for name, value, other in (
             ("policy_gradient", objective.policy_gradient, "per_step"),
             ("estimator", objective.estimator, "full_vocabulary"),
         ):
             if value != other:
                 raise InputError(
-                    f"objective.{name}: {value} is unbiased only for rollout.temperature {temperature:g}, top_k 0, "
-                    f"top_p 1, min_p 0, min_response_length 0, teacher_share 0 and reuse.mode none; use those, or "
-                    f"{name}: {other}"
+                    f"objective.{name}: {value} is unbiased only for sequences of the student as it is, that is with "
+                    f"{' and '.join(wanted)}; set that, or {name}: {other}"
                 )
     if amm and config.critic.tightness_threshold is not None and not objective.critic_steps:
         raise InputError("critic.tightness_threshold: needs objective.critic_steps of at least 1")

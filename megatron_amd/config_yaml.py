@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -153,7 +154,8 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return float(value)
     elif hint is str and isinstance(value, str):
         return value
-    raise InputError(f"{name}: must be {type_name(hint)}, not {value!r}")
+    cure = f"; write [{json.dumps(value)}]" if origin is tuple and args[0] is str and isinstance(value, str) else ""
+    raise InputError(f"{name}: must be {type_name(hint)}, not {value!r}{cure}")
 
 
 def type_name(hint: Any) -> str:

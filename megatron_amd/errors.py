@@ -11,3 +11,10 @@ class InputError(Exception):
 
     on_all_ranks = False
     """Whether every rank raises this very message (`distributed.initialize.agreed`), so that one need print it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line and not too long."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0].rstrip(".:;") if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

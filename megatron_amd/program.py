@@ -67,6 +67,8 @@ def run_program(run: Callable[[], int], *, goes_on: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:  # in training, before the first step: from then on training/signals.py handles it
+        if _is_first("RANK"):
+            print(f"interrupted; the same command goes on {goes_on}", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
 
 

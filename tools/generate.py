@@ -11,7 +11,8 @@ The settings are the run's own. Used are `parallel`, `data`, the role's model, `
 With the defaults of these a teacher's responses are those that `off_policy: teacher` would sample in the first epoch.
 
 Data-parallel replicas share the shards and do not wait for each other. The same command goes on after an interruption,
-on as many ranks as there are. Exit status: 0, 2 with one line about what is wrong, or 3 where a rank was lost.
+on as many ranks as there are. Exit status: 0, 2 with one line about what is wrong, 3 where a rank was lost, or 130
+after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -51,17 +52,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="the run's settings (YAML)")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="to write, or to go on in")
     parser.add_argument("--role", choices=("teacher", "student"), default="teacher", help="who responds")
-    parser.add_argument("--shard-size", type=int, default=256, metavar="N", help="prompts in a file (default: 256)")
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        metavar="N",
+        help="prompts in a file; an interruption loses those that are not complete (default: the folder's, 256 for a "
+        "new one)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     options = parser.parse_intermixed_args(arguments)  # options may stand between overrides
-    if options.shard_size < 1:
+    if options.shard_size is not None and options.shard_size < 1:
         raise InputError(f"--shard-size: must be at least 1, not {options.shard_size}")
     return options
 
 
 def _run(options: argparse.Namespace) -> int:
     # What the objective and the reuse of sequences ask of settings is asked when there is training.
-    config = load_config(options.config, [*options.overrides, "objective.name=kl", "rollout.reuse.mode=none"])
+    config = load_config(options.config, [*options.overrides, "objective.name=kl", "rollout.reuse={}"])
 
     from megatron_amd.distributed.initialize import shutdown  # heavy imports wait until the settings are right
     from megatron_amd.distributed.quiet import silence_known_warnings
@@ -109,9 +116,11 @@ def _generate(run: Config, options: argparse.Namespace) -> int:
             raise InputError(re.sub(r"^student\b", role, str(error))) from None
         dataset = load_rows(config.data, "train", tokenizer, responses=False, warn=warn)
         header = _header(config, options, tokenizer, dataset)
-        box = [prepare_folder(folder, header) if dist.get_rank() == 0 else None]
+        box: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            box = list(prepare_folder(folder, header, options.shard_size))
     dist.broadcast_object_list(box)  # one look at the folder for all
-    shards: Any = box[0]
+    header, shards = box
     if len(shards) < header.shards:
         say(f"{folder}: {header.shards - len(shards)} of {header.shards} shards are there already")
     if not shards:
@@ -165,7 +174,7 @@ def _header(config: Config, options: argparse.Namespace, tokenizer: Tokenizer, d
             "seed": config.run.seed,
             "precision": config.training.precision,
         },
-        shard_size=options.shard_size,
+        shard_size=options.shard_size or 256,
     )
 
 

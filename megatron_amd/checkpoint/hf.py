@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_amd.checkpoint.hf_tensors import Part, Weight, model_weights, stage_parameters, unwrap
-from megatron_amd.data.hub import check_hub_reachable, first_line, is_hub_name
+from megatron_amd.data.hub import check_hub_reachable, is_hub_name
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
-from megatron_amd.errors import InputError
+from megatron_amd.errors import InputError, first_line
 from megatron_amd.models.architecture import Architecture, read_json
 
 WEIGHTS = "model.safetensors"

@@ -39,7 +39,6 @@ from megatron_amd.checkpoint.folder import (
     write,
 )
 from megatron_amd.checkpoint.hf_tensors import unwrap
-from megatron_amd.data.hub import first_line
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
 
@@ -54,7 +53,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 
-from megatron_amd.errors import InputError
+from megatron_amd.errors import InputError, first_line
 
 __all__ = ["STATE_FILE", "RoleState", "latest", "load", "load_weights", "read_state", "save"]
 

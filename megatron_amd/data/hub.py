@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from megatron_amd.errors import InputError
+from megatron_amd.errors import InputError, first_line
 
 PROBE_SECONDS = 5.0
 
@@ -46,10 +46,3 @@ def quieten_hub() -> None:
 
     disable_progress_bars()
     logging.set_verbosity_error()
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, on one line and not too long."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0].rstrip(".:;") if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import megatron_amd
 from megatron_amd.data.sources import Source, open_sources
-from megatron_amd.errors import InputError
+from megatron_amd.errors import InputError, first_line
 
 HEADER = "header.json"
 FORMAT = 1
@@ -28,6 +30,7 @@ SAMPLING = (
 
 _AGAIN = "run tools/generate.py again"
 _REMOVE = f"remove the file and {_AGAIN}"
+_RESTORE = "restore it, or generate into another folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,18 +97,29 @@ def read_header(folder: Path) -> Header:
     file = folder / HEADER
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("is no JSON object")
         if values["format"] > FORMAT:
             raise InputError(
                 f"{file}: was written by a newer megatron_amd, in format {values['format']}; update this one"
             )
         header = Header(**{known.name: values[known.name] for known in fields(Header)})
         header.causes()  # raises where one is missing
-        header.file_name(0)  # or is no number
+        for name, count in (
+            ("shard_size", header.shard_size),
+            ("rows", header.data["rows"]),
+            ("samples_per_prompt", header.samples),
+        ):
+            if type(count) is not int or count < 1:  # True is an int too
+                raise ValueError(f"{name} is {count!r}")
         return header
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(f"{file}: is damaged ({error!r}); restore it, or generate into another folder") from None
-    except FileNotFoundError:
-        raise InputError(f"{folder}: has no {HEADER}; give a folder that tools/generate.py has written") from None
+    except KeyError as error:
+        raise InputError(f"{file}: is damaged (has no {error}); {_RESTORE}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file}: is damaged ({first_line(error)}); {_RESTORE}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"has no {HEADER}" if folder.is_dir() else "is no folder" if folder.exists() else "does not exist"
+        raise InputError(f"{folder}: {what}; give a folder that tools/generate.py has written") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror})") from None
 
@@ -113,8 +127,10 @@ def read_header(folder: Path) -> Header:
 class ResponseFiles:
     """The responses of a complete folder, mapped into memory. Made by `open_response_files`."""
 
-    def __init__(self, header: Header, sources: Sequence[Source]) -> None:
+    def __init__(self, header: Header, sources: Sequence[Source], fingerprint: str) -> None:
         self.header = header
+        self.fingerprint = fingerprint
+        """Changes with any token."""
         self._sources = sources
 
     def tokens(self, position: int, visit: int) -> list[int]:
@@ -151,25 +167,31 @@ def open_response_files(
             differing.append("the data (rows, template or lengths of prompts)")
         if differing:
             raise InputError(
-                f"{folder}: was generated with other settings: {' and '.join(differing)} differ from this run's; "
-                "generate anew with this run's YAML file"
+                f"{folder}: was generated with other settings: {' and '.join(differing)} "
+                f"{'differ' if len(differing) > 1 else 'differs'} from this run's; generate anew with this run's YAML "
+                "file"
             )
+        if header.data["rows"] != len(rows):
+            raise InputError(f"{folder / HEADER}: is damaged ({header.data['rows']} rows of {len(rows)}); {_RESTORE}")
         if missing := header.missing(folder):
             present = header.shards - len(missing)
             raise InputError(f"{folder}: has {present} of {header.shards} shards; {_AGAIN} to complete it")
         sources = []
+        digest = hashlib.sha256(header.fingerprint.encode())
         for shard in range(header.shards):
             [source] = open_sources(str(folder / header.file_name(shard)), "", setting)
-            _check_lines(source, [rows[position] for position in header.positions(shard)], header.samples, vocab_size)
+            of_shard = [rows[position] for position in header.positions(shard)]
+            for tokens in _checked_tokens(source, of_shard, header.samples, vocab_size):
+                digest.update(np.array([len(tokens), *tokens], dtype="<i8").tobytes())
             sources.append(source)
     except InputError as error:
         text = str(error)
         raise InputError(text if text.startswith(setting) else f"{setting}: {text}") from None
-    return ResponseFiles(header, sources)
+    return ResponseFiles(header, sources, digest.hexdigest())
 
 
-def _check_lines(source: Source, rows: Sequence[int], samples: int, vocab_size: int) -> None:
-    """Raise InputError unless a shard has the lines that it must have, and each the tokens of a response."""
+def _checked_tokens(source: Source, rows: Sequence[int], samples: int, vocab_size: int) -> Iterator[list[int]]:
+    """Each line's tokens. Raises InputError unless a shard has the lines that it must have, and each a response."""
     if len(source) != len(rows) * samples:
         raise InputError(f"{source.name}: has {len(source)} lines instead of {len(rows) * samples}; {_REMOVE}")
     for index, raw in enumerate(source.raw_rows()):
@@ -188,5 +210,6 @@ def _check_lines(source: Source, rows: Sequence[int], samples: int, vocab_size: 
             for token in tokens:
                 if type(token) is not int or not 0 <= token < vocab_size:  # True is an int too
                     raise InputError(f"field 'tokens' holds {token!r}, which is no token id below {vocab_size}")
+            yield tokens
         except InputError as error:
             raise InputError(f"{source.where(index)}: {error}; {_REMOVE}") from None

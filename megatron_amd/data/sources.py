@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_amd.data.hub import check_hub_reachable, first_line, is_hub_name, quieten_hub
-from megatron_amd.errors import InputError
+from megatron_amd.data.hub import check_hub_reachable, is_hub_name, quieten_hub
+from megatron_amd.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import datasets

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_amd.data.hub import check_hub_reachable, first_line, is_hub_name, quieten_hub
-from megatron_amd.errors import InputError
+from megatron_amd.data.hub import check_hub_reachable, is_hub_name, quieten_hub
+from megatron_amd.errors import InputError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -210,6 +210,17 @@ def stopping_rule(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Seq
         return any(string in text for string in strings)
 
     return complete
+
+
+def check_stop_strings(tokenizer: Tokenizer, strings: Sequence[str]) -> None:
+    """Raise InputError for a string that no decoded text can hold, such as a special token's."""
+    for string in strings:
+        if string not in tokenizer.decode(tokenizer.encode(f"a{string}a")):
+            raise InputError(
+                f"rollout.stop_strings: {string!r} never appears in text that {tokenizer.source} decodes, which leaves "
+                "out special tokens and may normalise spaces; name a special token in eos_token_id of "
+                "generation_config.json instead"
+            )
 
 
 def check_same_vocabulary(a: Tokenizer, b: Tokenizer) -> None:

@@ -14,9 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_amd.config import Config
-from megatron_amd.data.hub import first_line
 from megatron_amd.distributed.layout import Layout, build_layout, check_world_size
-from megatron_amd.errors import InputError
+from megatron_amd.errors import InputError, first_line
 
 _PATIENCE = datetime.timedelta(days=365)
 """How long a replica waits for the slowest one's work. A rank that dies ends the wait at once."""

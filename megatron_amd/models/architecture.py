@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_amd.data.hub import check_hub_reachable, first_line, is_hub_name
-from megatron_amd.errors import InputError
+from megatron_amd.data.hub import check_hub_reachable, is_hub_name
+from megatron_amd.errors import InputError, first_line
 
 FAMILIES = ("llama", "mistral", "qwen2", "gpt2")
 """Values of `model_type` that are supported."""

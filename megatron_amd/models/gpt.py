@@ -22,8 +22,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_amd.config import TrainingConfig
-from megatron_amd.data.hub import first_line
-from megatron_amd.errors import InputError
+from megatron_amd.errors import InputError, first_line
 from megatron_amd.models.architecture import Architecture
 from megatron_amd.models.layer_specs import FP8_DEFAULTS, Implementation, block_spec
 

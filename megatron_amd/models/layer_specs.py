@@ -18,8 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_amd.config import TrainingConfig
-from megatron_amd.data.hub import first_line
-from megatron_amd.errors import InputError
+from megatron_amd.errors import InputError, first_line
 from megatron_amd.models.attention import CoreAttention
 
 Implementation = Literal["local", "transformer_engine"]

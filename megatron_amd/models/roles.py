@@ -69,7 +69,8 @@ def plan_models(config: Config, vocab_size: int | None, implementation: Implemen
         if longest > model.max_position_embeddings:
             raise InputError(
                 f"{where}: takes {model.max_position_embeddings} positions, but data.max_prompt_length and the longest "
-                f"response together need {longest}; shorten them"
+                f"response of training (rollout.max_response_length) or evaluation (evaluation.max_response_length) "
+                f"together need {longest}; shorten them"
             )
     multiple = VOCABULARY_MULTIPLE * tensor
     rows = max(model.vocab_size for model in models.values())

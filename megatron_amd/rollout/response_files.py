@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,15 @@ class Written:
     """Responses that an EOS or a stop string ended, rather than the length."""
 
 
-def prepare_folder(folder: Path, header: Header) -> list[int]:
-    """Make the folder or go on in it; returns the shards to be written. For one rank.
+def prepare_folder(folder: Path, header: Header, shard_size: int | None = None) -> tuple[Header, list[int]]:
+    """Make the folder or go on in it. For one rank.
+
+    Args:
+        header: what is going to be written, with any size of shards.
+        shard_size: asked for; unset: the folder's, or the header's.
+
+    Returns:
+        The header with its size of shards, and the shards to be written.
 
     Raises:
         InputError: the folder holds other things, or responses that came about otherwise, or cannot be written.
@@ -46,18 +53,25 @@ def prepare_folder(folder: Path, header: Header) -> list[int]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in folder.iterdir()]
+    except FileExistsError:
+        raise InputError(f"{folder}: is no folder; choose another --output") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --output") from None
+    header = replace(header, shard_size=shard_size or header.shard_size)
     if HEADER in names:
-        changes = differences(read_header(folder).causes(), header.causes())
+        there = read_header(folder)
+        header = replace(header, shard_size=shard_size or there.shard_size)
+        changes = differences(there.causes(), header.causes())
         if changes:
             shown = ", ".join(f"{name} {_short(old)} -> {_short(new)}" for name, old, new in changes[:3])
-            raise InputError(f"{folder}: holds responses of other settings ({shown}); choose another --output")
+            raise InputError(
+                f"{folder}: holds responses of other settings ({shown}); use those, or choose another --output"
+            )
     else:
         if foreign := sorted(name for name in names if name != _partial(folder / HEADER).name):
             raise InputError(f"{folder}: holds {foreign[0]} and no {HEADER}; choose an empty folder for --output")
         _publish(folder / HEADER, header.to_json())
-    return header.missing(folder)
+    return header, header.missing(folder)
 
 
 def share_of(header: Header, shards: Sequence[int], prompt_lengths: Sequence[int], layout: Layout) -> list[int]:

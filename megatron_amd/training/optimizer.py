@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from megatron_amd.config import OptimConfig
-from megatron_amd.data.hub import first_line
 from megatron_amd.distributed.layout import Layout
 
 # isort: split
@@ -19,7 +18,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_amd.errors import InputError
+from megatron_amd.errors import InputError, first_line
 
 
 @dataclass

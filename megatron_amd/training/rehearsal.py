@@ -81,7 +81,7 @@ class RankBatch:
 def rank_batch(config: Config, layout: Layout) -> RankBatch:
     """The largest batch that the settings allow."""
     prompts = config.training.global_batch_size // layout.dp_size
-    off_policy = prompts if config.objective.beta > 0 else 0
+    off_policy = prompts if config.objective.beta > 0 or config.rollout.reuse.mode == "adaptive" else 0
     on_policy = prompts * config.rollout.samples_per_prompt if config.objective.beta < 1 else 0
     size = min(config.training.micro_batch_size, max(off_policy, on_policy))
     evaluation = -(-config.evaluation.prompts // layout.dp_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_amd.checkpoint.hf import check_export_folder, check_hf_weights
@@ -19,7 +20,7 @@ from megatron_amd.data import (
     open_response_files,
 )
 from megatron_amd.data.response_files import Header
-from megatron_amd.data.tokenizer import TOKENIZER_FILES, stopping_rule
+from megatron_amd.data.tokenizer import TOKENIZER_FILES, check_stop_strings, stopping_rule
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
@@ -60,6 +61,7 @@ def set_up(config: Config, layout: Layout, warn: Callable[[str], None] = print) 
             seed=config.run.seed,
             shuffle=config.data.shuffle,
         )
+        _warn_of_settings(config, warn)
     checkpoint = find_checkpoint(config, plan, layout)
     if checkpoint is not None:
         loader.load_state_dict(checkpoint[1]["loader"])  # raises where the data has changed
@@ -74,10 +76,38 @@ def check_models(config: Config, layout: Layout, warn: Callable[[str], None]) ->
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         role_architecture(model, role)  # first, so that a wrong path is not taken for a missing tokenizer
     tokenizer = _shared_tokenizer(config, warn)
+    check_stop_strings(tokenizer, config.rollout.stop_strings)
     plan = plan_models(config, tokenizer.vocab_size)
     check_megatron_settings(config, plan, layout)
     _check_weights(config, plan)
     return tokenizer, plan
+
+
+_REUSE_SETTINGS = {
+    "none": (),
+    "steps": ("steps",),
+    "replay": ("fresh", "capacity"),
+    "adaptive": ("capacity", "initial_probability"),
+}
+"""What each mode of `rollout.reuse` looks at."""
+
+
+def _warn_of_settings(config: Config, warn: Callable[[str], None]) -> None:
+    """Warn of settings that change nothing, and of a buffer that the run cannot fill."""
+    rollout, reuse = config.rollout, config.rollout.reuse
+    if rollout.responses is not None and rollout.off_policy != "file":
+        warn(f"rollout.responses: is not read with rollout.off_policy: {rollout.off_policy}; file would read it")
+    for field in fields(reuse):
+        known = ("mode", *_REUSE_SETTINGS[reuse.mode])
+        if field.name not in known and getattr(reuse, field.name) != field.default:
+            warn(f"rollout.reuse.{field.name}: changes nothing with rollout.reuse.mode: {reuse.mode}")
+    most = config.training.steps * config.training.global_batch_size * config.rollout.samples_per_prompt
+    if reuse.mode in ("replay", "adaptive") and reuse.capacity > most:
+        until_full = "; adaptive generates in each iteration until it is full" if reuse.mode == "adaptive" else ""
+        warn(
+            f"rollout.reuse.capacity: {reuse.capacity} sequences are more than the main phase can generate, "
+            f"{most}{until_full}: lower it"
+        )
 
 
 def _check_directory(config: Config) -> None:
@@ -163,7 +193,8 @@ def _open_data(
             setting="rollout.responses",
         )
         _check_author(config, files.header, warn)
-        train.use_responses(files.tokens, files.header.fingerprint, rollout.max_response_length)
+        _compare_ends(config, files.header, warn)
+        train.use_responses(files.tokens, files.fingerprint, rollout.max_response_length)
     count = config.evaluation.prompts
     if not count:
         return train, None
@@ -189,7 +220,24 @@ def _check_author(config: Config, header: Header, warn: Callable[[str], None]) -
             "needs the teacher's own at temperature 1 with nothing cut off; use full_vocabulary, or generate them anew"
         )
     if not own:
+        path = header.model["path"]
+        changed_since = ", whose weights or layers were others then" if path == config.teacher.path else ""
         warn(
             f"the responses in {config.rollout.responses} come from another model than the run's teacher: the "
-            f"{header.model['role']} {header.model['path']}"
+            f"{header.model['role']} {path}{changed_since}"
+        )
+
+
+def _compare_ends(config: Config, header: Header, warn: Callable[[str], None]) -> None:
+    """Warn where the responses of files end otherwise than those that the run generates."""
+    rollout, how = config.rollout, header.sampling
+    if how["max_response_length"] < rollout.max_response_length:
+        warn(
+            f"the responses in {rollout.responses} were cut at {how['max_response_length']} tokens, before "
+            f"rollout.max_response_length {rollout.max_response_length}: those without an end teach the student none"
+        )
+    if list(how["stop_strings"]) != list(rollout.stop_strings):
+        warn(
+            f"the responses in {rollout.responses} end at the texts {how['stop_strings']}, the student's at "
+            f"rollout.stop_strings {list(rollout.stop_strings)}"
         )

@@ -172,6 +172,8 @@ class Trainer:
         lengths = response_metrics(self.players, rollouts, self.eos_ids)
         self.progress.metrics |= lengths
         count, samples = self.config.training.global_batch_size, self.config.rollout.samples_per_prompt
+        if not self.config.objective.resample:
+            self.progress.tokens = 0.0  # of this very batch, where the run goes on in the middle of an iteration
         self.progress.tokens += count * lengths.get("rollout/response_length_off", 0.0)
         self.progress.tokens += count * samples * lengths.get("rollout/response_length_on", 0.0)
         return self.batch
@@ -234,12 +236,13 @@ class Trainer:
         point = {"when": when, "phase": self.progress.phase, "iteration": self.progress.iteration}
         if self.held_out is None or self.journal.has_evaluation(point):
             return
+        place = f"iteration {self.progress.iteration}" if when == "step" else f"{when} the main phase"
         self.journal.say(f"measuring on {self.config.evaluation.prompts} held-out prompts ...")
         result = self.held_out.evaluate(self.players)
         self.journal.add_evaluation(point, result)
         self.replay.heed(result["kl_off"])
         self.journal.say(
-            f"held out, {when}: TV {result['tv_off']:.4f} off {result['tv_on']:.4f} on, "
+            f"held out, {place}: TV {result['tv_off']:.4f} off {result['tv_on']:.4f} on, "
             f"KL {result['kl_off']:.4f} off {result['kl_on']:.4f} on"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_amd.batch import Prompts, Rollouts
 from megatron_amd.config import ParallelConfig, ReuseConfig
 from megatron_amd.data.loader import deal
 from megatron_amd.distributed.layout import build_layout
-from megatron_amd.rollout.replay import Replay
+from megatron_amd.rollout.replay import Replay, Turn
 from tests.distributed.runner import run_distributed
 
 pytestmark = pytest.mark.distributed
@@ -118,8 +119,13 @@ def adaptive() -> None:
     for distance in (1.0, 0.9, 1.0, 0.9, 1.1):  # has risen twice
         game.replay.heed(distance)
     assert game.replay.probability == pytest.approx(0.2)
-    for distance in (2.0, 3.0, 4.0):
+    for distance in (2.0, 1.9, 2.0, 1.9, 2.0):  # twice more, though never above the worst or below the best
         game.replay.heed(distance)
+    assert game.replay.probability == pytest.approx(0.5)
+    again = Game(mode="adaptive", capacity=8)
+    again.replay.load_state_dict(json.loads(json.dumps(game.replay.state_dict())))
+    again.replay.heed(2.1)
+    assert again.replay.probability == pytest.approx(0.6), "the distance before the interruption counts"
     halfway = [game.play(progress=0.5) for _ in range(400)]
     assert sum(student for _, student, _, _ in halfway) == pytest.approx(200, abs=30)
     assert sum(fresh for fresh, *_ in halfway) == pytest.approx(100, abs=27)
@@ -128,7 +134,32 @@ def adaptive() -> None:
     assert any(student for _, student, _, _ in late)
 
 
-@pytest.mark.parametrize("work", [none, steps, steps_with_both_kinds, replay, adaptive])
+def filling() -> None:
+    """Until the buffer is full, every iteration that learns from the student generates, however late it is."""
+    game = Game(mode="adaptive", capacity=20, initial_probability=1.0)
+    assert [game.play(progress=1.0)[0] for _ in range(5)] == [True, True, True, False, False]
+
+
+def draws() -> None:
+    """What is drawn changes with the iteration, and the two kinds are drawn apart."""
+    layout = build_layout(ParallelConfig(), torch.device("cpu"))
+    game = Replay(ReuseConfig(mode="replay", fresh=0.01, capacity=40), 5, layout, {False: 4, True: 4})
+    prompts = Prompts((1, 2, 3, 4), (0,) * 4, ((9,),) * 4)
+    for iteration in range(10):
+        for kind in (False, True):
+            new = Rollouts.from_lists([[9]] * 4, [[iteration, place] for place in range(4)])
+            game.serve(Turn(iteration, True, True), kind, prompts, lambda _, new=new: new)
+    drawn: dict[bool, list[Any]] = {False: [], True: []}
+    for iteration in range(20, 28):
+        for kind, found in drawn.items():
+            rollouts, _ = game.serve(Turn(iteration, True, False), kind, None, pytest.fail)
+            found.append(sorted(map(tuple, rollouts.responses())))
+    for found in drawn.values():
+        assert len(set(map(str, found))) == 8
+    assert all(map(operator.ne, *drawn.values()))
+
+
+@pytest.mark.parametrize("work", [none, steps, steps_with_both_kinds, replay, adaptive, filling, draws])
 def test_modes(work):
     run_distributed(work, 1)
 

@@ -31,8 +31,8 @@ SETTINGS = [
     Case(
         "sampled estimator of other samples",
         (*RUN, "objective.estimator=sampled", "objective.policy_gradient=per_step", "rollout.temperature=0.5"),
-        r".*objective\.estimator: sampled is unbiased only for rollout\.temperature 1, top_k 0, top_p 1, min_p 0, "
-        r"min_response_length 0, teacher_share 0 and reuse\.mode none; use",
+        r".*objective\.estimator: sampled is unbiased only for sequences of the student as it is, that is with "
+        r"rollout\.temperature 1; set that, or estimator: full_vocabulary",
     ),
     Case(
         "threshold of a critic that does not train",

@@ -14,7 +14,9 @@ from tests.tiny_run import make_files, write_config
 pytestmark = pytest.mark.e2e
 
 PROGRESS = re.compile(r"(warmup|critic|main  ) +\d+/\d+ \| .* left")
-EVALUATION = re.compile(r"measuring on \d+ held-out prompts \.\.\.|held out, (before|after): TV .* on, KL .* on")
+EVALUATION = re.compile(
+    r"measuring on \d+ held-out prompts \.\.\.|held out, (before|after) the main phase: TV .* on, KL .* on"
+)
 
 
 def said(run: Path, layout: str) -> list[str]:

@@ -220,12 +220,15 @@ def test_wrong_types_say_what_is_wanted(override, message):
             ["objective.estimator=sampled", "rollout.off_policy=data", "data.response_field=r"],
             "sampled needs rollout.off",
         ),
-        (["rollout.temperature=0.7"], "rao_blackwell is unbiased only for rollout.temperature 1"),
+        (
+            ["rollout.temperature=0.7"],
+            "rao_blackwell is unbiased only for sequences of the student as it is, that is with rollout.temperature 1",
+        ),
         (["rollout.top_k=50", "objective.policy_gradient=reinforce"], "reinforce is unbiased only"),
-        (["rollout.top_p=0.9"], "unbiased only"),
-        (["rollout.teacher_share=0.2"], "unbiased only"),
+        (["rollout.top_p=0.9"], "that is with rollout.top_p 1; set that, or policy_gradient: per_step"),
+        (["rollout.teacher_share=0.2", "rollout.min_p=0.1"], "with rollout.min_p 0 and rollout.teacher_share 0; set"),
         (["rollout.teacher_share=1.2"], "rollout.teacher_share: must be in [0, 1], not 1.2"),
-        (["rollout.reuse.mode=steps"], "unbiased only"),
+        (["rollout.reuse.mode=steps"], "that is with rollout.reuse.mode none; set that"),
         ([*REUSE, "objective.resample=true"], "objective.resample: draws a fresh batch for each critic step"),
         ([*REUSE, "rollout.reuse.capacity=7"], "rollout.reuse.capacity: 7 does not hold one iteration's 8 sequences"),
         (
@@ -241,6 +244,10 @@ def test_wrong_types_say_what_is_wanted(override, message):
             "adaptive alternates with fixed sequences; set rollout.off_policy: data or file, or use replay",
         ),
         (['rollout.stop_strings=["a", ""]'], "rollout.stop_strings: must not hold an empty text"),
+        (
+            ['rollout.stop_strings="\\n\\n"'],
+            r"""rollout.stop_strings: must be list of text, not '\n\n'; write ["\n\n"]""",
+        ),
         (["rollout.off_policy=data"], "data needs data.response_field or data.messages_field"),
         (["rollout.off_policy=file"], "rollout.off_policy: file needs rollout.responses, a folder"),
         (

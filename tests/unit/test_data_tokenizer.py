@@ -15,7 +15,7 @@ import pytest
 
 from megatron_amd.config import DataConfig
 from megatron_amd.data import check_same_vocabulary, load_tokenizer, make_template
-from megatron_amd.data.tokenizer import stopping_rule
+from megatron_amd.data.tokenizer import check_stop_strings, stopping_rule
 from megatron_amd.errors import InputError
 from tests.small_tokenizers import CHATML, make_hf_tokenizer, make_sentencepiece
 
@@ -111,6 +111,14 @@ def test_stop_strings(folder: Path, model_file: Path) -> None:
             assert stop not in tokenizer.decode(tokens[: first - 1]), "with the token that completes it"
         assert not complete(tokenizer.encode("The lazy dog in May"))
         assert complete(tokenizer.encode("word " * 50 + "fox"))
+
+
+def test_stop_strings_that_no_text_can_hold(tmp_path: Path) -> None:
+    source = make_hf_tokenizer(tmp_path, eos="<|im_end|>")
+    tokenizer = load_tokenizer(str(source))
+    check_stop_strings(tokenizer, ("fox", "\n\n", " a", "</s"))
+    with pytest.raises(InputError, match=r"rollout\.stop_strings: '<\|im_end\|>' never appears in text that"):
+        check_stop_strings(tokenizer, ("fox", "<|im_end|>"))
 
 
 def test_saving_keeps_a_generation_config_that_is_there(tmp_path: Path) -> None:

@@ -97,16 +97,28 @@ def test_a_header_comes_back_as_it_was(tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "{0}: has no header.json; give a folder that tools/generate.py has written"),
-        ("{", "{0}/header.json: is damaged ("),
-        ("[]", "{0}/header.json: is damaged ("),
-        ('{"format": 1}', "{0}/header.json: is damaged (KeyError('model')"),
+        ("{", "{0}/header.json: is damaged (Expecting property name"),
+        ("[]", "{0}/header.json: is damaged (is no JSON object); restore it"),
+        ("[" * 10**5, "{0}/header.json: is damaged (maximum recursion depth"),
+        ('{"format": 1}', "{0}/header.json: is damaged (has no 'model')"),
         (json.dumps({"format": FORMAT + 1}), "{0}/header.json: was written by a newer megatron_amd, in format 2"),
         (
             dataclasses.replace(HEADER_OF_THREE, shard_size=0).to_json(),
-            "{0}/header.json: is damaged (ZeroDivisionError",
+            "{0}/header.json: is damaged (shard_size is 0)",
         ),
-        (dataclasses.replace(HEADER_OF_THREE, sampling={}).to_json(), "{0}/header.json: is damaged (KeyError('max_r"),
-        (dataclasses.replace(HEADER_OF_THREE, shard_size="2").to_json(), "{0}/header.json: is damaged (TypeError("),
+        (dataclasses.replace(HEADER_OF_THREE, sampling={}).to_json(), "{0}/header.json: is damaged (has no 'max_r"),
+        (
+            dataclasses.replace(HEADER_OF_THREE, shard_size="2").to_json(),
+            "{0}/header.json: is damaged (shard_size is '2'",
+        ),
+        (
+            dataclasses.replace(HEADER_OF_THREE, data={**HEADER_OF_THREE.data, "rows": True}).to_json(),
+            "{0}/header.json: is damaged (rows is True)",
+        ),
+        (
+            dataclasses.replace(HEADER_OF_THREE, sampling={**SAMPLING, "samples_per_prompt": -1}).to_json(),
+            "{0}/header.json: is damaged (samples_per_prompt is -1)",
+        ),
     ],
 )
 def test_a_header_that_cannot_be_used_is_named(tmp_path: Path, text: str | None, message: str) -> None:
@@ -117,17 +129,21 @@ def test_a_header_that_cannot_be_used_is_named(tmp_path: Path, text: str | None,
 
 def test_a_folder_is_begun_and_gone_on_in(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    assert prepare_folder(folder, HEADER_OF_THREE) == [0, 1, 2]
+    assert prepare_folder(folder, HEADER_OF_THREE) == (HEADER_OF_THREE, [0, 1, 2])
     assert [path.name for path in folder.iterdir()] == [HEADER]
     (folder / HEADER_OF_THREE.file_name(1)).touch()
     (folder / f".{HEADER_OF_THREE.file_name(0)}.partial").touch()
     again = dataclasses.replace(HEADER_OF_THREE, version="9", data={**HEADER_OF_THREE.data, "path": "copy.jsonl"})
-    assert prepare_folder(folder, again) == [0, 2]
+    assert prepare_folder(folder, again) == (again, [0, 2])
+    other_size = dataclasses.replace(again, shard_size=256)
+    assert prepare_folder(folder, other_size) == (again, [0, 2]), "nobody asked for a size: the folder's"
+    assert "shard_size 2 -> 5" in error_of(lambda: prepare_folder(folder, again, 5))
+    assert prepare_folder(tmp_path / "new", HEADER_OF_THREE, 5)[0].shard_size == 5
 
 
 def test_a_folder_begun_and_killed_before_its_header_is_begun_again(tmp_path: Path) -> None:
     (tmp_path / f".{HEADER}.partial").write_text("{")
-    assert prepare_folder(tmp_path, HEADER_OF_THREE) == [0, 1, 2]
+    assert prepare_folder(tmp_path, HEADER_OF_THREE) == (HEADER_OF_THREE, [0, 1, 2])
     assert read_header(tmp_path) == HEADER_OF_THREE
     assert [path.name for path in tmp_path.iterdir()] == [HEADER]
 
@@ -144,13 +160,12 @@ def test_a_folder_begun_and_killed_before_its_header_is_begun_again(tmp_path: Pa
         ({"model": {**HEADER_OF_THREE.model, "role": "student"}}, "model.role teacher -> student"),
         ({"tokenizer": {"source": "x", "hash": "b" * 64}}, "tokenizer.hash 22222222… -> bbbbbbbb…"),
         ({"data": {"path": "x", "rows": 4, "fingerprint": "3" * 32}}, "data.rows 5 -> 4"),
-        ({"shard_size": 3}, "shard_size 2 -> 3"),
     ],
 )
 def test_going_on_with_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any], shown: str) -> None:
     prepare_folder(tmp_path, HEADER_OF_THREE)
     message = error_of(lambda: prepare_folder(tmp_path, dataclasses.replace(HEADER_OF_THREE, **changes)))
-    assert message == f"{tmp_path}: holds responses of other settings ({shown}); choose another --output"
+    assert message == f"{tmp_path}: holds responses of other settings ({shown}); use those, or choose another --output"
 
 
 def test_a_folder_of_other_things_and_one_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
@@ -161,6 +176,9 @@ def test_a_folder_of_other_things_and_one_that_cannot_be_made_are_refused(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     blocked = tmp_path / "thesis.tex" / "out"
     assert error_of(lambda: prepare_folder(blocked, HEADER_OF_THREE)).startswith(f"{blocked}: cannot be written (")
+    file = blocked.parent
+    assert error_of(lambda: prepare_folder(file, HEADER_OF_THREE)) == f"{file}: is no folder; choose another --output"
+    assert error_of(lambda: read_header(file)).startswith(f"{file}: is no folder; give a folder that")
 
 
 def test_a_shard_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
@@ -239,14 +257,29 @@ def test_files_that_are_short_empty_or_missing_are_named(tmp_path: Path) -> None
     assert error_of(lambda: read(folder)) == (
         f"rollout.responses: {folder}: has 2 of 3 shards; run tools/generate.py again to complete it"
     )
-    assert error_of(lambda: read(tmp_path / "none")).startswith(f"rollout.responses: {tmp_path / 'none'}: has no head")
+    assert error_of(lambda: read(tmp_path / "none")).startswith(f"rollout.responses: {tmp_path / 'none'}: does not exi")
+    fewer = dataclasses.replace(HEADER_OF_THREE, data={**HEADER_OF_THREE.data, "rows": 4})
+    (folder / HEADER).write_text(fewer.to_json())
+    assert "header.json: is damaged (4 rows of 5)" in error_of(lambda: read(folder))
+
+
+def test_an_edited_token_is_another_data_set(tmp_path: Path) -> None:
+    """So that a run does not go on with other responses than it began with."""
+    folder = make_folder(tmp_path / "out")
+    before = read(folder).fingerprint
+    file = folder / HEADER_OF_THREE.file_name(0)
+    text = file.read_text()
+    file.write_text(text.replace("[0, 10, 20]", "[0, 10, 21]", 1))
+    assert read(folder).fingerprint != before
+    file.write_text(text)
+    assert read(folder).fingerprint == before
 
 
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"tokenizer_hash": "x"}, "the tokenizer differ"),
-        ({"fingerprint": "x"}, "the data (rows, template or lengths of prompts) differ"),
+        ({"tokenizer_hash": "x"}, "the tokenizer differs from"),
+        ({"fingerprint": "x"}, "the data (rows, template or lengths of prompts) differs from"),
         ({"tokenizer_hash": "x", "fingerprint": "x"}, "the tokenizer and the data (rows, template or"),
     ],
 )
