@@ -3,15 +3,16 @@
 Shapes: B sequences on this data-parallel rank, S tokens in the longest of them, N states (response positions).
 
 Sequences are a prompt followed at once by its response, padded on the right. Under causal attention the padding is
-then invisible to every real position, so no attention mask exists anywhere. The state s_t that predicts response
-token y_t is the position just before it.
+then invisible to every real position, so that a decoder-only model needs no attention mask. The state s_t that predicts
+response token y_t is the position just before it. An encoder-decoder model gets the prompt in its encoder and the
+response in its decoder, behind a start token: s_t is then the place that y_{t-1} goes in at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -114,11 +115,12 @@ class MicroBatch:
     """A few sequences that go through a model together, all from one policy.
 
     The N states are listed row by row, each row in time order: `state_rows[i], state_columns[i]` is where state i
-    sits in `tokens`, and `targets[i]` is the response token it predicts.
+    sits in the model's output, and `targets[i]` is the response token it predicts.
     """
 
     tokens: Tensor
-    """int64 [b, S], padded on the right to the S that all micro-batches of an iteration share."""
+    """int64 [b, S], padded on the right to the S that all micro-batches of an iteration share. For an encoder-decoder
+    model the encoder's tokens, `prompt_width` columns, then the decoder's."""
     on_policy: bool
     """Sampled from the student (its states belong to critic f_2), else from the teacher or the data (f_1)."""
     state_rows: Tensor
@@ -129,39 +131,94 @@ class MicroBatch:
     """int64 [N]: y_t."""
     steps: Tensor
     """int64 [N]: t - 1, the number of response tokens before y_t."""
+    prompt_lengths: Tensor | None = None
+    """int64 [b], of the encoder's tokens; None for a decoder-only model."""
+    prompt_width: int = 0
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What a model's `forward` takes."""
+        return (self.tokens,) if self.prompt_lengths is None else (self.tokens, self.prompt_lengths, self.prompt_width)
 
     @property
     def num_states(self) -> int:
         return self.targets.shape[0]
 
     def select_states(self, hidden: Tensor) -> Tensor:
-        """[S, b, H] hidden states of all positions -> [N, H] of the response states."""
+        """[S, b, H] hidden states of all positions (of the decoder) -> [N, H] of the response states."""
         return hidden[self.state_columns, self.state_rows]
 
 
 def make_microbatches(rollouts: Rollouts, *, on_policy: bool, size: int, width: int) -> list[MicroBatch]:
-    """Split sequences into micro-batches of exactly `size` rows of `width` tokens.
+    """Split sequences into micro-batches of exactly `size` rows of `width` tokens, for decoder-only models.
 
     A pipeline wants one shape for all, so the last micro-batch may end in empty rows, which have no states.
     """
-    missing = -len(rollouts) % size
-    tokens = F.pad(rollouts.tokens[:, :width], (0, max(0, width - rollouts.tokens.shape[1]), 0, missing))
-    starts = F.pad(rollouts.prompt_lengths - 1, (0, missing))
-    ends = F.pad(rollouts.lengths - 1, (0, missing))
+    tokens = F.pad(rollouts.tokens[:, :width], (0, max(0, width - rollouts.tokens.shape[1])))
+    starts = (rollouts.prompt_lengths - 1)[:, None]
     column = torch.arange(width, device=tokens.device)
+    inside = (column >= starts) & (column < rollouts.lengths[:, None] - 1)
+    return _cut(size, on_policy, tokens, inside, targets=tokens.roll(-1, 1), steps=column - starts)
+
+
+def make_encoder_decoder_microbatches(
+    rollouts: Rollouts, *, on_policy: bool, size: int, prompt_width: int, response_width: int, start_id: int
+) -> list[MicroBatch]:
+    """The same for encoder-decoder models: `prompt_width` tokens of the encoder, `response_width` of the decoder.
+
+    Args:
+        start_id: the decoder's first token.
+    """
+    lengths = rollouts.prompt_lengths
+    column = torch.arange(response_width, device=lengths.device)
+    inside = column < (rollouts.lengths - lengths)[:, None]
+    places = (lengths[:, None] + column).clamp(max=rollouts.tokens.shape[1] - 1)
+    responses = rollouts.tokens.gather(1, places).where(inside, 0)
+    prompts = F.pad(rollouts.tokens[:, :prompt_width], (0, max(0, prompt_width - rollouts.tokens.shape[1])))
+    prompts = prompts.where(torch.arange(prompt_width, device=lengths.device) < lengths[:, None], 0)
+    before = F.pad(responses[:, :-1], (1, 0), value=start_id)
+    tokens = torch.cat([prompts, before], dim=1)
+    steps = column.expand_as(responses)
+    return _cut(size, on_policy, tokens, inside, responses, steps, prompt_lengths=lengths, prompt_width=prompt_width)
+
+
+def _cut(
+    size: int,
+    on_policy: bool,
+    tokens: Tensor,
+    inside: Tensor,
+    targets: Tensor,
+    steps: Tensor,
+    prompt_lengths: Tensor | None = None,
+    prompt_width: int = 0,
+) -> list[MicroBatch]:
+    """Micro-batches of `size` rows each, the last filled up with empty ones.
+
+    Args:
+        tokens: int64 [B, S].
+        inside: bool [B, columns of the model's output], where a state is.
+        targets: int64, of each state, in its place.
+        steps: int64, the same.
+    """
+    missing = -len(tokens) % size
+    tokens, inside = F.pad(tokens, (0, 0, 0, missing)), F.pad(inside, (0, 0, 0, missing))
+    if prompt_lengths is not None:
+        prompt_lengths = F.pad(prompt_lengths, (0, missing))
     microbatches = []
-    for first in range(0, len(rollouts) + missing, size):
+    for first in range(0, len(tokens), size):
         rows = slice(first, first + size)
-        inside = (column >= starts[rows, None]) & (column < ends[rows, None])
-        state_rows, state_columns = torch.nonzero(inside, as_tuple=True)
+        state_rows, state_columns = torch.nonzero(inside[rows], as_tuple=True)
+        place = (first + state_rows, state_columns)
         microbatches.append(
             MicroBatch(
                 tokens=tokens[rows],
                 on_policy=on_policy,
                 state_rows=state_rows,
                 state_columns=state_columns,
-                targets=tokens[rows][state_rows, state_columns + 1],
-                steps=state_columns - starts[rows][state_rows],
+                targets=targets[place],
+                steps=steps[place],
+                prompt_lengths=None if prompt_lengths is None else prompt_lengths[rows],
+                prompt_width=prompt_width,
             )
         )
     return microbatches

@@ -292,8 +292,10 @@ def _gather_tensors(
         own = held[0]
         held = [[] for _ in range(layout.pp_size)]
         dist.all_gather_object(held, own, group=layout.groups.pp)
+    seen: set[str] = set()
     for stage, names in enumerate(held):
-        for name in names:
+        for name in (name for name in names if name not in seen):  # a copy on a later stage is equal
+            seen.add(name)
             tensors = {}
             if stage == layout.pp_rank:
                 shards = _gather_shards(parameters[name].detach().to(dtype), layout)
@@ -433,6 +435,8 @@ def _exported_config(architecture: Architecture, dtype: torch.dtype) -> dict[str
         "mistral": "MistralForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
         "gpt2": "GPT2LMHeadModel",
+        "t5": "T5ForConditionalGeneration",
+        "mt5": "MT5ForConditionalGeneration",
     }
     config = dict(architecture.hf_config)
     config.pop("auto_map", None)  # names Python files of the original folder

@@ -79,6 +79,8 @@ def model_weights(architecture: Architecture, layers: tuple[int, ...] | None = N
     `layers[i]` is the folder's layer that model layer i is made of; by default the same one. The copy of a tied
     embedding that the last pipeline stage holds, `output_layer.weight`, is listed too.
     """
+    if architecture.has_encoder:
+        return _t5_weights(architecture, layers)
     names = _GPT2_NAMES if architecture.family == "gpt2" else _LLAMA_NAMES
     hidden, vocabulary = architecture.hidden_size, architecture.vocab_size
     embedding = Weight(parts=(Part(names["embedding"], vocabulary),), columns=hidden, split="vocabulary")
@@ -102,14 +104,14 @@ def model_weights(architecture: Architecture, layers: tuple[int, ...] | None = N
 def stage_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Parameters of a pipeline stage under the names of the local layer spec, layers numbered over all stages."""
     stage = unwrap(model)
-    numbers = [layer.layer_number - 1 for layer in stage.decoder.layers]
     parameters = {}
     for name, parameter in stage.named_parameters():
-        if name.startswith("decoder.layers."):
-            index, rest = name.removeprefix("decoder.layers.").split(".", 1)
+        stack, _, rest = name.partition(".layers.")
+        if rest:
+            index, rest = rest.split(".", 1)
             for fused, plain in _FUSED_NORMS.items():
                 rest = rest.replace(fused, plain)
-            name = f"decoder.layers.{numbers[int(index)]}.{rest}"
+            name = f"{stack}.layers.{getattr(stage, stack).layers[int(index)].layer_number - 1}.{rest}"
         parameters[name] = parameter
     return parameters
 
@@ -153,6 +155,50 @@ def _llama_layer(a: Architecture, prefix: str) -> dict[str, Weight]:
     linear("self_attention.linear_proj", {"self_attn.o_proj": hidden}, queries, a.attention_output_bias, True)
     linear("mlp.linear_fc1", {"mlp.gate_proj": ffn, "mlp.up_proj": ffn}, hidden, a.mlp_bias, False)
     linear("mlp.linear_fc2", {"mlp.down_proj": hidden}, ffn, a.mlp_bias, True)
+    return layer
+
+
+def _t5_weights(a: Architecture, layers: tuple[int, ...] | None) -> dict[str, Weight]:
+    """T5 and mT5: an encoder and a decoder, whose first layers hold the position biases of all."""
+    table = Weight(parts=(Part("shared.weight", a.vocab_size),), columns=a.hidden_size, split="vocabulary")
+    head = Weight(parts=(Part("lm_head.weight", a.vocab_size),), columns=a.hidden_size, split="vocabulary")
+    weights = {"embedding.word_embeddings.weight": table}
+    for stack, count in (("encoder", a.encoder_layers), ("decoder", a.num_layers)):
+        bias = Part(f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", a.relative_buckets)
+        weights[f"{stack}_bias.weight"] = Weight(parts=(bias,), columns=a.num_attention_heads, split="columns")
+        for index, source in enumerate(layers or range(count)):
+            layer = _t5_layer(a, f"{stack}.block.{source}.layer.", decodes=stack == "decoder")
+            weights |= {f"{stack}.layers.{index}.{name}": weight for name, weight in layer.items()}
+        weights |= _norm(f"{stack}.final_layernorm", f"{stack}.final_layer_norm", a)
+    return {**weights, "output_layer.weight": table if a.tied else head}
+
+
+def _t5_layer(a: Architecture, prefix: str, *, decodes: bool) -> dict[str, Weight]:
+    """A layer of the encoder, or of the decoder: its cross-attention stands before the feed-forward network."""
+    inner, hidden, ffn, heads = a.num_attention_heads * a.head_dim, a.hidden_size, a.ffn_hidden_size, a.num_query_groups
+    own, cross, last = "0.SelfAttention.", "1.EncDecAttention.", 2 if decodes else 1
+    dense = f"{last}.DenseReluDense."
+    first = (dense + "wi_0", dense + "wi_1") if a.gated else (dense + "wi",)
+    norms = {"input_layernorm": 0, "pre_mlp_layernorm": last}
+    matrices: dict[str, tuple[tuple[str, ...], int, int, Literal["rows", "columns"], int]] = {
+        "self_attention.linear_qkv": ((own + "q", own + "k", own + "v"), inner, hidden, "rows", heads),
+        "self_attention.linear_proj": ((own + "o",), hidden, inner, "columns", 1),
+        "mlp.linear_fc1": (first, ffn, hidden, "rows", 1),
+        "mlp.linear_fc2": ((dense + "wo",), hidden, ffn, "columns", 1),
+    }
+    if decodes:
+        norms["pre_cross_attn_layernorm"] = 1
+        matrices |= {
+            "cross_attention.linear_q": ((cross + "q",), inner, hidden, "rows", 1),
+            "cross_attention.linear_kv": ((cross + "k", cross + "v"), inner, hidden, "rows", heads),
+            "cross_attention.linear_proj": ((cross + "o",), hidden, inner, "columns", 1),
+        }
+    layer: dict[str, Weight] = {}
+    for name, place in norms.items():
+        layer |= _norm(name, f"{prefix}{place}.layer_norm", a)
+    for name, (sources, rows, columns, split, groups) in matrices.items():
+        parts = tuple(Part(f"{prefix}{source}.weight", rows) for source in sources)
+        layer[f"{name}.weight"] = Weight(parts=parts, columns=columns, split=split, groups=groups)
     return layer
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from megatron_amd.data.hub import check_hub_reachable, is_hub_name
 from megatron_amd.errors import InputError, first_line
 
-FAMILIES = ("llama", "mistral", "qwen2", "gpt2")
+FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "t5", "mt5")
 """Values of `model_type` that are supported."""
 
 _HF_ACTIVATIONS = {
@@ -34,6 +34,16 @@ _HF_ACTIVATIONS = {
 
 # Megatron-Core's RotaryEmbedding has these in its code (0.16 to 0.19); only the factor is an argument.
 _LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+
+
+_LAYER_COUNTS = {
+    "gpt2": ("n_layer",),
+    "t5": ("num_layers", "num_decoder_layers"),
+    "mt5": ("num_layers", "num_decoder_layers"),
+}
+"""Keys of config.json that count layers, where there is no `num_hidden_layers`."""
+_ANY_LENGTH = 2**20
+"""Positions of a model whose position biases have no end."""
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -51,11 +61,12 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """Sizes and switches of one decoder-only model."""
+    """Sizes and switches of one model."""
 
     family: str
-    """`llama`, `mistral`, `qwen2` or `gpt2`: decides the names of the tensors in its folder."""
+    """One of `FAMILIES`: decides the names of the tensors in its folder."""
     num_layers: int
+    """Of the decoder."""
     hidden_size: int
     ffn_hidden_size: int
     """Width of the MLP (of each of its two halves when `gated`)."""
@@ -79,10 +90,22 @@ class Architecture:
     tied: bool
     """The LM head is the embedding."""
     position_embedding: str
-    """`rope` or `learned_absolute`."""
+    """`rope`, `learned_absolute` or `relative` (T5's buckets)."""
     rotary_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     """None, or llama3's scaling `{"rope_type": "llama3", "factor": ...}`."""
+    encoder_layers: int = 0
+    """Of an encoder-decoder model; 0: there is only a decoder."""
+    decoder_start_id: int | None = None
+    """Token before a response in the decoder of an encoder-decoder model."""
+    relative_buckets: int = 0
+    """Of distances between positions, each with a bias for each head."""
+    relative_max_distance: int = 0
+    """Distance from which all are in the last bucket."""
+    softmax_scale: float | None = None
+    """Of attention's scores; None: 1 / sqrt(head_dim)."""
+    output_scale: float = 1.0
+    """Of the final hidden states before the LM head."""
     hf_config: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """What config.json said; written back on export."""
 
@@ -97,26 +120,38 @@ class Architecture:
             said = "is missing" if family is None else f"{family!r} is not supported"
             raise InputError(f"{where}: model_type {said}; supported are {', '.join(FAMILIES)}")
         _refuse_features(config, where)
-        sizes = _gpt2(config, where) if family == "gpt2" else _llama_like(config, where, family)
+        if family in ("t5", "mt5"):
+            sizes = _t5(config, where, family)
+        else:
+            sizes = _gpt2(config, where) if family == "gpt2" else _llama_like(config, where, family)
         architecture = Architecture(family=family, hf_config=dict(config), **sizes)
         architecture._check(where)
         return architecture
 
     def with_layers(self, layers: tuple[int, ...], where: str = "init.layers") -> Architecture:
-        """The model that keeps only `layers` (indices from 0, in the order given; a layer may be used twice).
+        """The model that keeps only `layers` (indices from 0, in the order given; a layer may be used twice), in the
+        encoder too where there is one.
 
         Raises InputError when there is none, or one that the model does not have.
         """
         if not layers:
             raise InputError(f"{where}: must name at least one layer")
+        count = min(self.num_layers, self.encoder_layers or self.num_layers)
         for layer in layers:
-            if not 0 <= layer < self.num_layers:
-                raise InputError(f"{where}: {layer} is not one of the model's layers 0 to {self.num_layers - 1}")
+            if not 0 <= layer < count:
+                raise InputError(f"{where}: {layer} is not one of the model's layers 0 to {count - 1}")
         hf_config = dict(self.hf_config)
-        hf_config["n_layer" if self.family == "gpt2" else "num_hidden_layers"] = len(layers)
+        for key in _LAYER_COUNTS.get(self.family, ("num_hidden_layers",)):
+            hf_config[key] = len(layers)
         if hf_config.get("layer_types"):
             hf_config["layer_types"] = [hf_config["layer_types"][layer] for layer in layers]
-        return replace(self, num_layers=len(layers), hf_config=hf_config)
+        encoder_layers = len(layers) if self.encoder_layers else 0
+        return replace(self, num_layers=len(layers), encoder_layers=encoder_layers, hf_config=hf_config)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether prompts go into an encoder."""
+        return self.encoder_layers > 0
 
     def sizes(self) -> dict[str, Any]:
         """Everything but what the folder's config.json said: equal for two models that compute the same function."""
@@ -134,7 +169,12 @@ class Architecture:
                     f"{where}: its {count} {what} cannot be divided by parallel.tensor_model_parallel_size "
                     f"{tensor_parallel}"
                 )
-        if self.num_layers % pipeline_parallel:
+        layers = self.num_layers + self.encoder_layers
+        if self.has_encoder and layers < pipeline_parallel:
+            raise InputError(
+                f"{where}: its {layers} layers are fewer than parallel.pipeline_model_parallel_size {pipeline_parallel}"
+            )
+        if not self.has_encoder and self.num_layers % pipeline_parallel:
             raise InputError(
                 f"{where}: its {self.num_layers} layers cannot be divided by parallel.pipeline_model_parallel_size "
                 f"{pipeline_parallel}"
@@ -146,12 +186,13 @@ class Architecture:
         Dropout is off: a distance between two models is defined without it.
         """
         return {
-            "num_layers": self.num_layers,
+            "num_layers": self.num_layers + self.encoder_layers,
             "hidden_size": self.hidden_size,
             "ffn_hidden_size": self.ffn_hidden_size,
             "num_attention_heads": self.num_attention_heads,
             "num_query_groups": self.num_query_groups,
             "kv_channels": self.head_dim,
+            "softmax_scale": self.softmax_scale,
             "normalization": self.normalization,
             "layernorm_epsilon": self.norm_epsilon,
             "activation_func": _FUNCTIONS[self.activation],
@@ -189,7 +230,12 @@ class Architecture:
         layer += qkv_rows * self.qkv_bias + hidden * self.attention_output_bias + (fc1_rows + hidden) * self.mlp_bias
         table = (padded_vocab_size or self.vocab_size) * hidden
         positions = self.max_position_embeddings * hidden if self.position_embedding == "learned_absolute" else 0
-        return self.num_layers * layer + norm + positions + table * (1 if self.tied else 2)
+        encoder = 0
+        if self.has_encoder:
+            positions = 2 * self.relative_buckets * heads
+            encoder = self.encoder_layers * layer + norm
+            layer += 4 * heads * self.head_dim * hidden + norm  # cross-attention
+        return encoder + self.num_layers * layer + norm + positions + table * (1 if self.tied else 2)
 
     def _check(self, where: str) -> None:
         if self.num_attention_heads % self.num_query_groups:
@@ -274,7 +320,7 @@ def _refuse_features(config: Mapping[str, Any], where: str) -> None:
         ("scale_attn_weights", True),
         ("scale_attn_by_inverse_layer_idx", False),
         ("add_cross_attention", False),
-        ("is_encoder_decoder", False),
+        ("is_encoder_decoder", config.get("model_type") in ("t5", "mt5")),
         ("qk_layernorm", False),
         ("use_qk_norm", False),
     ):
@@ -359,6 +405,57 @@ def _gpt2(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "tied": bool(config.get("tie_word_embeddings", True)),
         "position_embedding": "learned_absolute",
     }
+
+
+def _t5(config: Mapping[str, Any], where: str, family: str) -> dict[str, Any]:
+    """T5 1.0 and 1.1 (Flan-T5) and mT5."""
+    heads = _size(config, "num_heads", where, 8)
+    layers = _size(config, "num_layers", where, 6)
+    hidden = _size(config, "d_model", where)
+    kind = config.get("feed_forward_proj", "relu" if family == "t5" else "gated-gelu")
+    gated, _, name = kind.rpartition("-") if isinstance(kind, str) else ("?", "", "")
+    if gated not in ("", "gated") or name not in _HF_ACTIVATIONS:
+        raise InputError(f"{where}: feed_forward_proj: {_json(kind)} is not supported")
+    if kind == "gated-gelu":  # by which transformers means the tanh approximation
+        name = "gelu_new"
+    # T5 1.0 ties its head to the embedding and scales; 1.1 and mT5 do neither. transformers 5 ties in any case and
+    # writes down whether it scales.
+    tied = bool(config.get("tie_word_embeddings", family == "t5"))
+    scales = config.get("scale_decoder_outputs", tied) if family == "t5" else False
+    return {
+        "num_layers": _size(config, "num_decoder_layers", where, layers),
+        "encoder_layers": layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": _size(config, "d_ff", where),
+        "num_attention_heads": heads,
+        "num_query_groups": heads,
+        "head_dim": _size(config, "d_kv", where),
+        "vocab_size": _size(config, "vocab_size", where),
+        "max_position_embeddings": _ANY_LENGTH,
+        "normalization": "RMSNorm",
+        "norm_epsilon": _number(config, "layer_norm_epsilon", where, 1e-6),
+        "activation": _HF_ACTIVATIONS[name],
+        "gated": gated == "gated",
+        "qkv_bias": False,
+        "attention_output_bias": False,
+        "mlp_bias": False,
+        "tied": tied,
+        "position_embedding": "relative",
+        "decoder_start_id": _token(config, "decoder_start_token_id", where, _token(config, "pad_token_id", where, 0)),
+        "relative_buckets": _size(config, "relative_attention_num_buckets", where, 32),
+        "relative_max_distance": _size(config, "relative_attention_max_distance", where, 128),
+        "softmax_scale": 1.0,
+        "output_scale": hidden**-0.5 if scales else 1.0,
+    }
+
+
+def _token(config: Mapping[str, Any], key: str, where: str, default: int) -> int:
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InputError(f"{where}: {key}: must be a token id, not {_json(value)}")
+    return value
 
 
 def _rope(config: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:

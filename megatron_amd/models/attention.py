@@ -27,6 +27,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_amd.errors import InputError
 from megatron_amd.models.kv_cache import Bundle, LayerCache, Segment
 
+_CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+"""Padding on the right is invisible to causal attention, so the two are one."""
+
 
 class CoreAttention(MegatronModule):
     """softmax(scale * q k^T + bias) v, by PyTorch's `scaled_dot_product_attention`.
@@ -69,6 +72,7 @@ class CoreAttention(MegatronModule):
         # Megatron-Core's config divides the scores by the layer's number, for fp16, and multiplies them back inside
         # its fp32 softmax. Our softmax is fp32 throughout, so the two cancel and the scale stays as it is.
         self.cache: LayerCache | None = None
+        self.takes_cache = attention_type == "cross" or attn_mask_type in _CAUSAL  # an encoder reads a prompt at once
 
     def forward(
         self,
@@ -96,17 +100,19 @@ class CoreAttention(MegatronModule):
         Returns:
             [sq, b, np * hn].
 
-        With a cache, b is 1 and the T = sq tokens are those of a flat pass (kv_cache.py).
+        With a cache, b is 1 and the T = sq tokens are those of a flat pass (kv_cache.py); keys and values of
+        cross-attention are those of the prompts that the pass reads.
         """
         if packed_seq_params is not None:
             raise NotImplementedError("packed sequences are not supported")
+        if self.cache is not None and self.attention_type == "cross":
+            return self._attend_prompts(query[:, 0], key, value).unsqueeze(1)
         if self.cache is not None:
             grouped, pairs = query[:, 0].unflatten(1, (key.shape[2], -1)), torch.stack([key[:, 0], value[:, 0]], dim=2)
             return self.attend_cached(grouped, pairs, attention_bias).unsqueeze(1)
         # Heads before positions: [b, np, sq, hn] and [b, ng, sk, hn].
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        # Padding on the right is invisible to causal attention, so the two causal kinds are one.
-        causal = (attn_mask_type or self.attn_mask_type) in (AttnMaskType.causal, AttnMaskType.padding_causal)
+        causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
         if not causal and attention_mask is not None:
             attention_bias = forbid(attention_mask, attention_bias, query.dtype)
         if causal and attention_bias is not None:
@@ -144,6 +150,27 @@ class CoreAttention(MegatronModule):
                 own_bias = None if bias is None else bias[:, :, part, : piece.start + piece.length]
                 context[part] = self._read_segment(piece, query[part], keys, values, own_bias)
             first += piece.length
+        return context
+
+    def _attend_prompts(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Each token of a flat pass over its own row's prompt: cross-attention.
+
+        Args:
+            query: [T, np, hn].
+            key: [S_e, n, np, hn], of the n prompts that the pass reads.
+            value: [S_e, n, np, hn].
+
+        Returns:
+            [T, np * hn].
+        """
+        assert self.cache is not None
+        owner = self.cache.owner
+        keys, values = self.cache.store_prompts(key, value)
+        count, rows = owner.decoding, owner.row_index[: owner.decoding]
+        by_row = query.new_zeros(owner.first_rows, *query.shape[1:]).index_copy_(0, rows, query[:count])
+        found = self._attend(by_row.unsqueeze(2), keys, values, owner.prompt_bias(query.dtype), causal=False)
+        context = query.new_zeros(len(query), query.shape[1] * query.shape[2])  # fillers have no prompt
+        context[:count] = found[rows].flatten(1)
         return context
 
     def _read_bundle(self, bundle: Bundle, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

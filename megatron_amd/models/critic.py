@@ -20,13 +20,20 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_amd.models.gpt import CausalLM
+from megatron_amd.models.t5 import EncoderDecoderLM
 
 SIGNS = {"own": 1.0, "teacher": 1.0, "student": -1.0}
 """How a head's part enters the raw value, by the model whose states it reads."""
 
 
-class TrunkCritic(CausalLM):
-    """A critic with a trunk of its own: a CausalLM whose output layer is f_1's head, with a second one for f_2."""
+class _TwoHeads(torch.nn.Module):
+    """A critic with a trunk of its own: a language model whose output layer is f_1's head, and a second one for f_2."""
+
+    config: TransformerConfig
+    pg_collection: Any
+    post_process: bool
+    vocab_size: int
+    output_layer: ColumnParallelLinear
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -39,6 +46,17 @@ class TrunkCritic(CausalLM):
     def head_weights(self, on_policy: bool) -> dict[str, Tensor]:
         """{"own": [V_local, H]} of f_2 (`on_policy`) or f_1."""
         return {"own": self.output_layer_on.weight if on_policy else self.output_layer.weight}
+
+
+class CausalCritic(_TwoHeads, CausalLM):
+    """With a decoder-only trunk."""
+
+
+class EncoderDecoderCritic(_TwoHeads, EncoderDecoderLM):
+    """With a T5 trunk; its heads sit on the decoder's states."""
+
+
+TrunkCritic = CausalCritic | EncoderDecoderCritic
 
 
 class HeadCritic(MegatronModule):

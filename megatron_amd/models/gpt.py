@@ -18,18 +18,21 @@ from megatron_amd.distributed.layout import Layout
 
 # isort: split
 from megatron.core.enums import Fp8Recipe
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_amd.config import TrainingConfig
 from megatron_amd.errors import InputError, first_line
 from megatron_amd.models.architecture import Architecture
+from megatron_amd.models.kv_cache import KVCache
 from megatron_amd.models.layer_specs import FP8_DEFAULTS, Implementation, block_spec
 
 _NOT_SUPPORTED = (
     "context_parallel_size", "expert_model_parallel_size", "num_moe_experts", "virtual_pipeline_model_parallel_size",
     "fp8_param", "fp8_dot_product_attention", "fp8_multi_head_attention",
 )  # fmt: skip
+_OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 _CHOICES = {"fp8": ("e4m3", "hybrid"), "fp8_recipe": tuple(recipe.value for recipe in Fp8Recipe)}
 
 
@@ -55,6 +58,31 @@ class CausalLM(GPTModel):
             position_ids = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         hidden = self.embedding(tokens, position_ids.expand_as(tokens)) if self.pre_process else None
         return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.rotary_angles(position_ids))
+
+    def flat_pass(self, tokens: Tensor, cache: KVCache, received: Tensor | None) -> Tensor:
+        """One stage of a pass of a generation, whose cache is attached.
+
+        Args:
+            tokens: int64 [T].
+            cache: with their rows and positions.
+            received: [T, 1, H] of the stage before; None on the first.
+
+        Returns:
+            [T, 1, H].
+        """
+        if received is not None:
+            self.set_input_tensor([received])
+        return self(tokens[None], cache.positions[None])  # type: ignore[no-any-return]
+
+    def layer_numbers(self) -> list[int]:
+        """Places in the whole model, from 0, of the layers that are on this stage."""
+        return [layer.layer_number - 1 for layer in self.decoder.layers]
+
+    def initial_std(self, name: str) -> float:
+        """Standard deviation of a parameter's first random weights, by its global name: the config's
+        `init_method_std`, of output projections divided by sqrt(2 * layers) as in GPT-2."""
+        std: float = self.config.init_method_std
+        return std / math.sqrt(2 * self.config.num_layers) if name.endswith(_OUTPUT_PROJECTIONS) else std
 
     def head_weight(self) -> Tensor:
         """[V_local, H] rows of the LM head (last stage)."""
@@ -168,40 +196,40 @@ def build_gpt(
     )
 
 
-def global_parameter_name(name: str, model: CausalLM) -> str:
+def global_parameter_name(name: str, model: LanguageModule) -> str:
     """A parameter's name in the whole model: layers counted from the first stage, one name for tied tables."""
-    parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(model.decoder.layers[int(parts[2])].layer_number - 1)
-    name = ".".join(parts)
+    stack, *parts = name.split(".")
+    if parts[:1] == ["layers"]:
+        parts[1] = str(getattr(model, stack).layers[int(parts[1])].layer_number - 1)
+    name = ".".join([stack, *parts])
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     return name
 
 
 @torch.no_grad()
-def initialize_weights(model: CausalLM, seed: str) -> None:
-    """Random first weights that depend on the seed and each parameter's global name, not on the layout.
-
-    Normal with the config's `init_method_std`, output projections divided by sqrt(2 * layers) as in GPT-2; norms 1;
-    biases 0.
-    """
+def initialize_weights(model: Any, seed: str) -> None:
+    """Random first weights of a `LanguageModel` that depend on the seed and each parameter's global name, not on the
+    layout: normal with the model's `initial_std`; norms 1; biases 0."""
     tp_group = model.pg_collection.tp
     for name, parameter in model.named_parameters():
-        fill_parameter(parameter, global_parameter_name(name, model), model.config, seed, tp_group)
+        name = global_parameter_name(name, model)
+        fill_parameter(parameter, name, model.config, seed, tp_group, model.initial_std(name))
 
 
 def fill_parameter(
-    parameter: Tensor, name: str, config: TransformerConfig, seed: str, tp_group: dist.ProcessGroup
+    parameter: Tensor,
+    name: str,
+    config: TransformerConfig,
+    seed: str,
+    tp_group: dist.ProcessGroup,
+    std: float | Tensor,
 ) -> None:
     """Fill one parameter (or this rank's shard of it) as `initialize_weights` says."""
     if parameter.dim() == 1:
         is_scale = name.endswith("weight")  # of a norm; everything else of one dimension is a bias
         parameter.fill_(1.0 if is_scale else 0.0)
         return
-    std = config.init_method_std
-    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-        std /= math.sqrt(2 * config.num_layers)
     size, rank = tp_group.size(), tp_group.rank()
     sharded = getattr(parameter, "tensor_model_parallel", False) and size > 1
     dim = getattr(parameter, "partition_dim", 0) if sharded else 0
@@ -210,7 +238,7 @@ def fill_parameter(
         shape[dim] *= size
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    whole = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+    whole = torch.empty(shape, dtype=torch.float32).normal_(0.0, 1.0, generator=generator) * std
     if sharded and config.gated_linear_unit and "linear_fc1" in name:  # each rank holds [its gate; its up]
         part = torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
     else:

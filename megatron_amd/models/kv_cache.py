@@ -57,6 +57,23 @@ class LayerCache:
         """What the coming pass holds is announced there."""
         self.buffer: Tensor | None = None
 
+    def store_prompts(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put cross-attention's keys and values [S_e, n, np, hn] of the prompts of a pass in their rows.
+
+        Returns:
+            Those of all rows up to the last that decodes, each [first_rows, np, columns, hn].
+        """
+        owner = self.owner
+        if self.buffer is None:
+            shape = (2, owner.rows, keys.shape[2], owner.max_prompt_length, keys.shape[3])
+            self.buffer = keys.new_zeros(shape)
+        if owner.prompts.shape[0]:
+            for buffer, new in zip(self.buffer, (keys, values), strict=True):
+                buffer[owner.prompt_rows, :, : keys.shape[0]] = new.permute(1, 2, 0, 3)
+        first, longest = owner.first_rows, owner.longest_prompt
+        keys, values = self.buffer[:, :first, :, :longest]
+        return keys, values
+
     def store(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Put the keys and values [T, ng, 2, hn] of a pass in their places.
 
@@ -76,10 +93,26 @@ class LayerCache:
 class KVCache:
     """Keys and values of every layer of a model stage. Before each pass, `expect` says which tokens it holds."""
 
-    def __init__(self, attentions: Sequence[_Attention], rows: int, max_length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        attentions: Sequence[_Attention],
+        rows: int,
+        max_length: int,
+        device: torch.device,
+        max_prompt_length: int = 0,
+    ) -> None:
         self.rows = rows
         self.max_length = max_length
         """Positions of a row there is room for."""
+        self.max_prompt_length = max_prompt_length
+        """The same for the prompts of an encoder-decoder model, which are not among a row's own positions."""
+        self.prompts = torch.empty(0, 0, dtype=torch.int64)
+        """int64 [n, S_e]: prompts that the coming pass of an encoder-decoder model reads, padded."""
+        self.prompt_rows = self.new_lengths = torch.empty(0, dtype=torch.int64)
+        """int64 [n]: their rows and lengths."""
+        self.longest_prompt = 0
+        self._prompt_lengths = [0] * rows
+        self._prompt_bias: Tensor | None = None
         self.device = device
         self.layers = [LayerCache(self) for _ in attentions]
         self._attentions = attentions
@@ -128,6 +161,28 @@ class KVCache:
         positions += [self.max_length - 1] * fillers
         self.row_index, self.positions = torch.tensor([rows, positions], dtype=torch.int64).to(self.device)
 
+    def expect_prompts(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> None:
+        """Announce the prompts that the encoder reads in the coming pass, after `expect`."""
+        width = max(map(len, prompts), default=0)
+        padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
+        self.prompts = torch.tensor(padded, dtype=torch.int64).view(len(prompts), width).to(self.device)
+        lengths = [len(prompt) for prompt in prompts]
+        self.prompt_rows, self.new_lengths = torch.tensor([rows, lengths], dtype=torch.int64).to(self.device)
+        for row, length in zip(rows, lengths, strict=True):
+            self._prompt_lengths[row] = length
+        self.longest_prompt = max(1, *self._prompt_lengths[: self.first_rows])
+        self._prompt_bias = None
+
+    def prompt_bias(self, dtype: torch.dtype) -> Tensor:
+        """[first_rows, 1, 1, columns]: 0 at a row's prompt, -inf beyond. The same for every layer."""
+        if self._prompt_bias is None or self._prompt_bias.dtype != dtype:
+            # A row without a prompt sees column 0, so that nothing is NaN.
+            lengths = torch.tensor(self._prompt_lengths[: self.first_rows], device=self.device).clamp_(min=1)
+            beyond = torch.arange(self.longest_prompt, device=self.device) >= lengths[:, None]
+            self._prompt_bias = torch.zeros(beyond.shape, dtype=dtype, device=self.device)
+            self._prompt_bias.masked_fill_(beyond, -torch.inf)
+        return self._prompt_bias[:, None, None]
+
     def advance(self) -> None:
         """Announce a pass that is like the last, which only decoded, each token one position further."""
         self.positions = self.positions.clone()
@@ -135,6 +190,7 @@ class KVCache:
         self.span += 1
         self.blocks = [(rows, span + 1) for rows, span in self.blocks]
         self._bias = None
+        self.prompts, self.prompt_rows = self.prompts[:0], self.prompt_rows[:0]
 
     def _bundled(self, first: int) -> Iterator[Bundle | Segment]:
         """The segments, the first of which has its tokens at place `first`."""
@@ -187,6 +243,7 @@ class KVCache:
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
+        self._prompt_lengths[target] = self._prompt_lengths[source]
         for layer in self.layers:
             if layer.buffer is not None:
                 layer.buffer[:, target] = layer.buffer[:, source]
@@ -211,7 +268,10 @@ def _go_together(segments: Sequence[Segment]) -> bool:
     return from_the_beginning and neighbours and len(lengths) * max(lengths) <= _PADDING * sum(lengths)
 
 
-def kv_cache(model: nn.Module, rows: int, max_length: int, device: torch.device) -> KVCache:
-    """A cache for `rows` sequences of at most `max_length` tokens in every attention of `model` that takes one."""
-    attentions = [module for module in model.modules() if hasattr(module, "cache")]
-    return KVCache(attentions, rows, max_length, device)  # type: ignore[arg-type]
+def kv_cache(model: nn.Module, rows: int, max_length: int, device: torch.device, max_prompt_length: int = 0) -> KVCache:
+    """A cache for `rows` sequences of at most `max_length` tokens in every attention of `model` that takes one.
+
+    max_prompt_length: of an encoder-decoder model's prompts, which only cross-attention sees.
+    """
+    attentions = [module for module in model.modules() if getattr(module, "takes_cache", False)]
+    return KVCache(attentions, rows, max_length, device, max_prompt_length)  # type: ignore[arg-type]

@@ -14,6 +14,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.models.T5.t5_spec import (
+    decoder_model_with_local_spec,
+    decoder_model_with_transformer_engine_default_spec,
+    encoder_model_with_local_spec,
+    encoder_model_with_transformer_engine_default_spec,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -94,16 +102,44 @@ def fp8_multiple(training: TrainingConfig) -> int:
     return get_fp8_align_size((FP8_DEFAULTS | training.fp8)["fp8_recipe"])
 
 
-def block_spec(config: TransformerConfig, implementation: Implementation, pp_rank: int) -> TransformerBlockSubmodules:
-    """The layers of pipeline stage `pp_rank`, all with our core attention, which has the rollouts' KV cache."""
+def encoder_block_spec(implementation: Implementation, count: int) -> TransformerBlockSubmodules:
+    """`count` layers of an encoder."""
+    if implementation == "transformer_engine":
+        layer = encoder_model_with_transformer_engine_default_spec()
+    else:
+        layer = encoder_model_with_local_spec()
+    return _finished(layer, implementation, count)
+
+
+def decoder_block_spec(implementation: Implementation, count: int) -> TransformerBlockSubmodules:
+    """`count` layers of a decoder with cross-attention."""
+    if implementation == "transformer_engine":
+        layer = decoder_model_with_transformer_engine_default_spec()
+    else:
+        layer = decoder_model_with_local_spec()
+    layer.submodules.cross_attention.submodules.core_attention = CoreAttention
+    return _finished(layer, implementation, count)
+
+
+def _finished(layer: ModuleSpec, implementation: Implementation, count: int) -> TransformerBlockSubmodules:
+    """A block of such layers, with our core attention, which has the rollouts' KV cache, and norms that work under
+    sequence parallelism."""
+    parts = layer.submodules
+    parts.self_attention.submodules.core_attention = CoreAttention
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TENorm)
+    for name in ("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm"):
+        if getattr(parts, name) is not IdentityOp:
+            setattr(parts, name, SequenceParallelNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=SequenceParallelNorm)
+
+
+def block_spec(config: TransformerConfig, implementation: Implementation, pp_rank: int) -> TransformerBlockSubmodules:
+    """The layers of pipeline stage `pp_rank` of a decoder-only model."""
+    if implementation == "transformer_engine":
+        layer = get_gpt_layer_with_transformer_engine_spec()
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization=config.normalization), SequenceParallelNorm
-        layer.submodules.input_layernorm = norm
-        layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
-    count = get_num_layers_to_build(config, vp_stage=None, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+        layer = get_gpt_layer_local_spec(normalization=config.normalization)
+    return _finished(layer, implementation, get_num_layers_to_build(config, vp_stage=None, pp_rank=pp_rank))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from megatron_amd import distributed  # noqa: F401  (before megatron.core: prepares torch and keeps imports quiet)
 
 # isort: split
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -135,9 +136,11 @@ class _Norm:
         return torch.rms_norm(inputs, *self.settings)
 
 
-def lean_layers(model: CausalLM, *, pack: bool = False) -> list[LeanLayer] | None:
+def lean_layers(model: LanguageModule, *, pack: bool = False) -> list[LeanLayer] | None:
     """The stage's layers for `lean_forward`; None where only the modules will do. pack: see `Product`."""
     config = model.config
+    if not isinstance(model, CausalLM):
+        return None
     if any(getattr(config, name, plain) != plain for name, plain in _PLAIN.items()):
         return None
     layers: Sequence[TransformerLayer] = model.decoder.layers

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,13 +13,16 @@ from megatron_amd.config import Config, ModelConfig
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import Architecture, load_architecture
-from megatron_amd.models.critic import HeadCritic, TrunkCritic
+from megatron_amd.models.critic import CausalCritic, EncoderDecoderCritic, HeadCritic, TrunkCritic
 from megatron_amd.models.gpt import CausalLM, build_gpt, transformer_config
 from megatron_amd.models.layer_specs import Implementation, choose_implementation, fp8_multiple
+from megatron_amd.models.t5 import EncoderDecoderLM, build_t5
 
 # isort: split
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+LanguageModel = CausalLM | EncoderDecoderLM
+"""Student, teacher, or a critic's trunk: a stage of a model that ends at final hidden states."""
 VOCABULARY_MULTIPLE = 128
 """Embeddings are padded to a multiple of this times TP, so that shards stay aligned."""
 
@@ -56,6 +60,7 @@ def plan_models(config: Config, vocab_size: int | None, implementation: Implemen
     tensor = config.parallel.tensor_model_parallel_size
     pipeline = config.parallel.pipeline_model_parallel_size
     models = {"student": student, "teacher": teacher, **({"critic": trunk} if trunk else {})}
+    _check_kinds(models)
     longest = config.longest_sequence
     smallest = min(model.vocab_size for model in models.values())
     for where, model in models.items():
@@ -82,6 +87,23 @@ def plan_models(config: Config, vocab_size: int | None, implementation: Implemen
         vocab_size=smallest if vocab_size is None else vocab_size,
         padded_vocab_size=-(-rows // multiple) * multiple,
     )
+
+
+def _check_kinds(models: Mapping[str, Architecture]) -> None:
+    """Raise InputError unless all models take prompts and responses in the same places."""
+    (first, one), *others = models.items()
+    for where, other in others:
+        if other.has_encoder != one.has_encoder:
+            kinds = ("only a decoder", "an encoder and a decoder")
+            raise InputError(
+                f"{where}: has {kinds[other.has_encoder]} ({other.family}), {first} has {kinds[one.has_encoder]} "
+                f"({one.family}); all must be of one kind"
+            )
+        if other.decoder_start_id != one.decoder_start_id:
+            raise InputError(
+                f"{where}: its decoder starts with token {other.decoder_start_id}, that of {first} with "
+                f"{one.decoder_start_id}; they must start alike"
+            )
 
 
 def role_architecture(model: ModelConfig, where: str) -> Architecture:
@@ -133,17 +155,18 @@ def role_transformer_config(role: str, config: Config, plan: ModelPlan, layout: 
     return transformer_config(architecture, config.training, layout, extra, role)
 
 
-def build_model(
-    role: str, config: Config, plan: ModelPlan, layout: Layout, *, model_class: type[CausalLM] = CausalLM
-) -> CausalLM:
-    """This rank's stage of `student`, `teacher` or `critic`, allocated and not yet filled."""
+def build_model(role: str, config: Config, plan: ModelPlan, layout: Layout) -> LanguageModel:
+    """This rank's stage of `student`, `teacher` or `critic` (a `TrunkCritic`), allocated and not yet filled."""
     architectures = {"student": plan.student, "teacher": plan.teacher, "critic": plan.critic_trunk}
     architecture = architectures[role]
     assert architecture is not None
     transformer = role_transformer_config(role, config, plan, layout)
-    model = build_gpt(
-        architecture, transformer, layout, plan.implementation, plan.padded_vocab_size, model_class=model_class
-    )
+    sizes = (architecture, transformer, layout, plan.implementation, plan.padded_vocab_size)
+    model: LanguageModel
+    if architecture.has_encoder:
+        model = build_t5(*sizes, EncoderDecoderCritic if role == "critic" else EncoderDecoderLM)
+    else:
+        model = build_gpt(*sizes, CausalCritic if role == "critic" else CausalLM)
     for parameter in model.parameters():  # learned positions are made in fp32 whatever the config says
         parameter.data = parameter.data.to(transformer.params_dtype)
     return model
@@ -152,7 +175,7 @@ def build_model(
 def build_critic(config: Config, plan: ModelPlan, layout: Layout) -> TrunkCritic | HeadCritic:
     """This rank's stage of the critic, not yet filled."""
     if config.critic.features == "own":
-        return build_model("critic", config, plan, layout, model_class=TrunkCritic)  # type: ignore[return-value]
+        return build_model("critic", config, plan, layout)  # type: ignore[return-value]
     widths = {"teacher": plan.teacher.hidden_size}
     if config.critic.features == "pair":
         widths["student"] = plan.student.hidden_size

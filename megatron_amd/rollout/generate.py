@@ -27,6 +27,8 @@ from megatron_amd.errors import InputError
 from megatron_amd.models.gpt import CausalLM
 from megatron_amd.models.kv_cache import KVCache, kv_cache
 from megatron_amd.models.lean import LeanLayer, Product, lean_forward, lean_layers
+from megatron_amd.models.roles import LanguageModel
+from megatron_amd.models.t5 import EncoderDecoderLM
 from megatron_amd.rollout.pool import Pass, Pool, Response
 from megatron_amd.rollout.sampling import mixture, sample_tokens, token_log_probs, uniform
 
@@ -62,7 +64,7 @@ class Sampling:
 class Generator:
     """A model that generates, or one of two whose distributions are mixed."""
 
-    model: CausalLM
+    model: LanguageModel
     share: float
     """Of its distribution in what is drawn from."""
     caches: list[KVCache]
@@ -103,7 +105,7 @@ def generate(
     layout change it through floating-point rounding only, which in fp32 practically never reaches a token.
 
     Args:
-        model: a `CausalLM`, bare or wrapped for data parallelism. Its mode and sequence parallelism are restored.
+        model: a `LanguageModel`, bare or wrapped for data parallelism. Its mode and sequence parallelism are restored.
         prompts: the same on all ranks of the replica.
         layout: the model's layout.
         vocab_size: real entries of the vocabulary.
@@ -174,17 +176,18 @@ def generate(
     # Neighbours of like length share their attention's columns; the order changes no result.
     order = sorted(range(len(rows)), key=lambda number: len(rows.tokens[number]))
     queue = deque(Response(number, rows.tokens[number], max_response_length) for number in order)
-    width = max((len(prompt) for prompt in prompts.tokens), default=0) + max_response_length
-    sizes = pool_sizes(len(rows), width, layout.pp_size, batch_size, cache_tokens)
+    longest = max((len(prompt) for prompt in prompts.tokens), default=0)
+    sizes = pool_sizes(len(rows), longest + max_response_length, layout.pp_size, batch_size, cache_tokens)
     ahead = look_interval or (_GPU_LOOK_INTERVAL if layout.device.type == "cuda" else 1)
     with ExitStack() as stack:
         generators = []
         for generating, share in models:
             stack.enter_context(generation_mode(generating))
             pack = max_response_length >= _PACK_FROM
-            generators.append(make_generator(generating, share, sizes, width, layout, pack=pack))
+            generators.append(make_generator(generating, share, sizes, longest, max_response_length, layout, pack=pack))
+        start_id = getattr(models[0][0], "decoder_start_id", None)
         pools = [
-            Pool(queue, size, [generator.caches[number] for generator in generators], pass_tokens, ended)
+            Pool(queue, size, [generator.caches[number] for generator in generators], pass_tokens, ended, start_id)
             for number, size in enumerate(sizes)
         ]
         complete: list[Response] = []
@@ -211,19 +214,31 @@ def has_ended(
 
 
 def make_generator(
-    model: CausalLM, share: float, sizes: Sequence[int], width: int, layout: Layout, *, pack: bool = False
+    model: LanguageModel,
+    share: float,
+    sizes: Sequence[int],
+    prompt_length: int,
+    response_length: int,
+    layout: Layout,
+    *,
+    pack: bool = False,
 ) -> Generator:
-    """With a cache for each pool. sizes: rows of each pool; width: positions of a row; pack: see `Product`."""
+    """With a cache for each pool. sizes: rows of each pool; pack: see `Product`."""
     spare = int(token_multiple(model) > 1)  # a row for fillers
-    caches = [kv_cache(model, size + spare, width, layout.device) for size in sizes]
+    lengths = (
+        (response_length, prompt_length)
+        if isinstance(model, EncoderDecoderLM)
+        else (prompt_length + response_length, 0)
+    )
+    caches = [kv_cache(model, size + spare, lengths[0], layout.device, lengths[1]) for size in sizes]
     head = Product(model.head_weight(), pack=pack) if layout.is_last_stage else None
     return Generator(model, share, caches, head, lean_layers(model, pack=pack))
 
 
-def unwrap(model: nn.Module) -> CausalLM:
-    """The CausalLM inside wrappers that keep it under `.module`."""
+def unwrap(model: nn.Module) -> LanguageModel:
+    """The model inside wrappers that keep it under `.module`."""
     inner: Any = model
-    while not isinstance(inner, CausalLM):
+    while not isinstance(inner, LanguageModel):
         if not hasattr(inner, "module"):
             raise TypeError(f"cannot generate with a {type(model).__name__}")
         inner = inner.module
@@ -260,7 +275,7 @@ def pool_sizes(responses: int, width: int, stages: int, batch_size: int | None, 
 
 
 @contextmanager
-def generation_mode(model: CausalLM) -> Iterator[None]:
+def generation_mode(model: LanguageModel) -> Iterator[None]:
     """No gradients, evaluation mode, sequences not split over tensor ranks; all restored at the end.
 
     Megatron-Core has a function that switches sequence parallelism, but it turns every flag on at the end, also
@@ -289,7 +304,7 @@ def generation_mode(model: CausalLM) -> Iterator[None]:
             module.training = mode
 
 
-def token_multiple(model: CausalLM) -> int:
+def token_multiple(model: LanguageModel) -> int:
     """What the number of tokens of a pass must be a multiple of."""
     return _FP8_TOKENS if model.config.fp8 else 1
 
@@ -413,9 +428,9 @@ def _exchange(
 
 
 def padded_count(coming: Pass, generators: Sequence[Generator]) -> int:
-    """T with fillers."""
+    """Tokens of the pass with fillers."""
     multiple = max(token_multiple(generator.model) for generator in generators)
-    return -(-len(coming.tokens) // multiple) * multiple
+    return -(-coming.size // multiple) * multiple
 
 
 def stage_pass(
@@ -426,27 +441,27 @@ def stage_pass(
     received: Tensor | None = None,
     following: Tensor | None = None,
 ) -> Tensor:
-    """This stage's share of a pass of a pool, [T, 1, H].
+    """This stage's share of a pass of a pool, [T, 1, H] (the stages of an encoder-decoder model: `flat_pass`).
 
     Args:
         received: the output of the stage before.
         following: int64 [T], tokens that come after those of the pass, which has been made and only decodes.
     """
     model, cache = generator.model, generator.caches[pool]
-    fillers = -len(coming.tokens) % token_multiple(model)
+    fillers = -coming.size % token_multiple(model)
     if following is None:
         cache.expect(coming.decoding, coming.segments, fillers)
+        if isinstance(model, EncoderDecoderLM):
+            cache.expect_prompts(coming.prompts, coming.prompt_rows)
         tokens = torch.tensor(coming.tokens + [0] * fillers, dtype=torch.int64).to(layout.device)
     else:
         cache.advance()
         tokens = F.pad(following, (0, fillers))
     with cache.attached():
         if generator.layers is not None:
+            assert isinstance(model, CausalLM)
             return lean_forward(model, generator.layers, tokens, cache.positions, received)
-        if received is not None:
-            model.set_input_tensor([received])
-        output: Tensor = model(tokens[None], cache.positions[None]).contiguous()
-    return output
+        return model.flat_pass(tokens, cache, received).contiguous()
 
 
 def draw(

@@ -34,7 +34,7 @@ class Pass:
     """T tokens that go through the model together."""
 
     tokens: list[int]
-    """T token ids: of the rows that decode, then of the segments."""
+    """T token ids of the decoder: of the rows that decode, then of the segments."""
     decoding: list[tuple[int, int]]
     """(row, position) of each decoding row's one token."""
     segments: list[Segment]
@@ -43,6 +43,14 @@ class Pass:
     """Places among the T tokens after which a token is drawn."""
     responses: list[Response]
     """Whose tokens these are."""
+    prompts: list[Sequence[int]] = field(default_factory=list)
+    """That the encoder reads, of an encoder-decoder model."""
+    prompt_rows: list[int] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Tokens that go through the model, prompts padded to the longest."""
+        return len(self.tokens) + len(self.prompts) * max(map(len, self.prompts), default=0)
 
 
 class Pool:
@@ -54,6 +62,7 @@ class Pool:
         caches: of every model that generates, each with that many rows.
         pass_tokens: most tokens of a pass; never fewer than one for each row in work.
         ended: whether a response is complete with the token it has got last.
+        start_id: first token of the decoder of an encoder-decoder model, whose encoder reads a prompt at once.
     """
 
     def __init__(
@@ -63,9 +72,10 @@ class Pool:
         caches: Sequence[KVCache],
         pass_tokens: int,
         ended: Callable[[Response], bool],
+        start_id: int | None = None,
     ) -> None:
         self._queue, self._rows, self.caches, self._ended = queue, rows, caches, ended
-        self._pass_tokens = pass_tokens
+        self._pass_tokens, self._start_id = pass_tokens, start_id
         self._working: list[Response | None] = []
         """By row; only while the queue holds others may a row be empty between two passes."""
         self.coming: Pass | None = None
@@ -74,6 +84,34 @@ class Pool:
     def plan(self) -> None:
         """Fill empty rows and set out the coming pass."""
         self._fill()
+        self.coming = self._read_in_pieces() if self._start_id is None else self._encode(self._start_id)
+
+    def _encode(self, start_id: int) -> Pass | None:
+        """A token of each row, the first behind a prompt that the encoder reads in the same pass."""
+        decoding: list[tuple[int, int]] = []
+        tokens: list[int] = []
+        prompts: list[Sequence[int]] = []
+        prompt_rows: list[int] = []
+        responses: list[Response] = []
+        room, longest = self._pass_tokens - len(self._working), 0
+        for row, response in enumerate(self._working):
+            if response is None:
+                continue
+            if not response.tokens:
+                longest = max(longest, len(response.prompt))
+                if prompts and (len(prompts) + 1) * longest > room:
+                    longest = max(map(len, prompts))
+                    continue
+                prompts.append(response.prompt)
+                prompt_rows.append(row)
+            decoding.append((row, len(response.tokens)))
+            tokens.append(response.tokens[-1] if response.tokens else start_id)
+            responses.append(response)
+        drawn = list(range(len(tokens)))
+        return Pass(tokens, decoding, [], drawn, responses, prompts, prompt_rows) if tokens else None
+
+    def _read_in_pieces(self) -> Pass | None:
+        """A token of each row that writes, and pieces of prompts."""
         decoding: list[tuple[int, int]] = []
         tokens: list[int] = []
         drawn_for: list[Response] = []
@@ -95,12 +133,12 @@ class Pool:
             if response.stored == len(response.prompt):
                 drawn.append(len(tokens) - 1)
                 drawn_for.append(response)
-        self.coming = Pass(tokens, decoding, segments, drawn, drawn_for) if tokens else None
+        return Pass(tokens, decoding, segments, drawn, drawn_for) if tokens else None
 
     def steps_ahead(self, most: int) -> int:
         """Tokens, up to `most`, that may be drawn for each response of the coming pass before anybody looks at them."""
         assert self.coming is not None
-        if self.coming.segments:
+        if self.coming.segments or self.coming.prompts:
             return 1
         return min(most, *(response.most - len(response.tokens) for response in self.coming.responses))
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_amd.batch import Batch, MicroBatch, Prompts, Rollouts, make_microbatches
+from megatron_amd.batch import (
+    Batch,
+    MicroBatch,
+    Prompts,
+    Rollouts,
+    make_encoder_decoder_microbatches,
+    make_microbatches,
+)
 from megatron_amd.config import Config
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.distributed.schedule import forward_states
 from megatron_amd.models.layer_specs import fp8_multiple
+from megatron_amd.models.t5 import EncoderDecoderLM
 from megatron_amd.objectives.moments import discount_weights
 from megatron_amd.rollout.generate import generate, has_ended
 from megatron_amd.training.players import Players
@@ -122,12 +131,11 @@ def make_batch(
         teacher_states: False where nothing looks at the teacher (sft).
     """
     config, layout = players.config, players.layout
-    size = min(config.training.micro_batch_size, max(map(len, rollouts.values())))
-    width = padded_width(max(r.tokens.shape[1] for r in rollouts.values()), config, layout)
     microbatches: list[MicroBatch] = []
     scales: dict[bool, float] = {}
+    cut = _cutter(players, list(rollouts.values()))
     for on_policy, sequences in rollouts.items():
-        parts = make_microbatches(sequences, on_policy=on_policy, size=size, width=width)
+        parts = cut(sequences, on_policy=on_policy)
         scales[on_policy] = 1.0 / _normalizer(parts, len(sequences), config, layout)
         microbatches += parts
     weights = [discount_weights(m.steps, config.objective.gamma) * scales[m.on_policy] for m in microbatches]
@@ -138,6 +146,24 @@ def make_batch(
         beta=config.objective.beta if beta is None else beta,
         student_states=forward_states(players.student, microbatches, layout) if student_states else None,
         teacher_states=forward_states(players.teacher, microbatches, layout) if teacher_states else None,
+    )
+
+
+def _cutter(players: Players, rollouts: Sequence[Rollouts]) -> Callable[..., list[MicroBatch]]:
+    """What cuts sequences into micro-batches, all of one shape."""
+    config, layout, student = players.config, players.layout, players.student
+    size = min(config.training.micro_batch_size, max(map(len, rollouts)))
+    if not isinstance(student, EncoderDecoderLM):
+        longest = max(sequences.tokens.shape[1] for sequences in rollouts)
+        return partial(make_microbatches, size=size, width=padded_width(longest, config, layout))
+    prompt = max(int(sequences.prompt_lengths.max()) for sequences in rollouts)
+    response = max(int((sequences.lengths - sequences.prompt_lengths).max()) for sequences in rollouts)
+    return partial(
+        make_encoder_decoder_microbatches,
+        size=size,
+        prompt_width=padded_width(prompt, config, layout),
+        response_width=padded_width(response, config, layout),
+        start_id=student.decoder_start_id,
     )
 
 

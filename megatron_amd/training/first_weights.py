@@ -9,11 +9,11 @@ from megatron_amd.checkpoint.hf import load_hf_weights
 from megatron_amd.config import Config, ModelConfig
 from megatron_amd.models.architecture import Architecture
 from megatron_amd.models.critic import HeadCritic, TrunkCritic
-from megatron_amd.models.gpt import CausalLM, fill_parameter, initialize_weights
-from megatron_amd.models.roles import role_architecture
+from megatron_amd.models.gpt import fill_parameter, initialize_weights
+from megatron_amd.models.roles import LanguageModel, role_architecture
 
 
-def fill_model(model: CausalLM, role: str, settings: ModelConfig, architecture: Architecture, seed: int) -> None:
+def fill_model(model: LanguageModel, role: str, settings: ModelConfig, architecture: Architecture, seed: int) -> None:
     """Weights of the role's folder, or random ones that depend on the seed and the role, not on the layout.
 
     Raises:
@@ -37,9 +37,11 @@ def freeze(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def fill_critic(critic: TrunkCritic | HeadCritic, config: Config, student: CausalLM, teacher: CausalLM) -> None:
+def fill_critic(
+    critic: TrunkCritic | HeadCritic, config: Config, student: LanguageModel, teacher: LanguageModel
+) -> None:
     """Start the critic from student and teacher as they are now (after a warm-up), as `critic.*` says."""
-    sources: dict[str, CausalLM] = {"student": student, "teacher": teacher}
+    sources: dict[str, LanguageModel] = {"student": student, "teacher": teacher}
     if isinstance(critic, TrunkCritic):
         sources["own"] = _fill_trunk(critic, config, sources)
     if not student.post_process:  # heads are on the last stage
@@ -51,7 +53,7 @@ def fill_critic(critic: TrunkCritic | HeadCritic, config: Config, student: Causa
             _fill_head(weight, heads[source], config, name, critic)
 
 
-def _fill_trunk(critic: TrunkCritic, config: Config, sources: dict[str, CausalLM]) -> CausalLM:
+def _fill_trunk(critic: TrunkCritic, config: Config, sources: dict[str, LanguageModel]) -> LanguageModel:
     """Fill the trunk; returns the model whose LM head the critic's heads start from."""
     settings = config.critic
     if settings.trunk == "model":
@@ -72,4 +74,5 @@ def _fill_head(weight: Tensor, lm_head: Tensor, config: Config, name: str, criti
     elif config.critic.head_init == "zero":
         weight.zero_()
     else:
-        fill_parameter(weight, name, critic.config, f"{config.run.seed}:critic", critic.tp_group)
+        seed = f"{config.run.seed}:critic"
+        fill_parameter(weight, name, critic.config, seed, critic.tp_group, critic.config.init_method_std)

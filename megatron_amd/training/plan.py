@@ -91,7 +91,7 @@ def plan_run(config: Config, world_size: int | None) -> RunPlan:
         with fake_world(config, world_size, rank=stage * (world_size // stages)) as layout, on_meta():
             if stage == 0:
                 check_megatron_settings(config, models, layout)
-                batch = rank_batch(config, layout)
+                batch = rank_batch(config, layout, has_encoder=models.student.has_encoder)
             uses.append(rehearse(playable, models, batch, layout))
     return RunPlan(config, models, batch, world_size, tuple(uses), implementation)
 

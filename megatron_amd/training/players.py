@@ -13,8 +13,7 @@ from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.distributed.schedule import forward_states
 from megatron_amd.models.critic import SIGNS, HeadCritic, TrunkCritic
-from megatron_amd.models.gpt import CausalLM
-from megatron_amd.models.roles import ModelPlan, build_critic, build_model
+from megatron_amd.models.roles import LanguageModel, ModelPlan, build_critic, build_model
 from megatron_amd.objectives.divergences import Divergence, divergence
 from megatron_amd.objectives.heads import CriticHead, Head, HeadOptions
 from megatron_amd.objectives.vocab_parallel import Vocabulary
@@ -29,8 +28,8 @@ class Players:
     config: Config
     layout: Layout
     vocabulary: Vocabulary
-    teacher: CausalLM
-    student: CausalLM
+    teacher: LanguageModel
+    student: LanguageModel
     is_complete: Callable[[Sequence[int]], bool] | None = None
     """Told a response's tokens so far, whether a stop string ends it."""
     student_optimization: Optimization | None = None

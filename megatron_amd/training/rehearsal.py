@@ -21,9 +21,9 @@ from megatron_amd.config import Config
 from megatron_amd.distributed.fake import LiveBytes
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.models.critic import HeadCritic, TrunkCritic
-from megatron_amd.models.gpt import CausalLM
 from megatron_amd.models.kv_cache import Segment
-from megatron_amd.models.roles import ModelPlan, build_critic, build_model
+from megatron_amd.models.roles import LanguageModel, ModelPlan, build_critic, build_model
+from megatron_amd.models.t5 import EncoderDecoderLM
 from megatron_amd.objectives.fused_head import critic_loss, head_statistics, student_loss
 from megatron_amd.objectives.vocab_parallel import Vocabulary
 from megatron_amd.rollout.generate import (
@@ -44,7 +44,7 @@ from megatron_amd.training.players import Players
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-Model = CausalLM | HeadCritic
+Model = LanguageModel | HeadCritic
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ class RankBatch:
     num_microbatches: int
     width: int
     """S: the longest prompt and response."""
+    prompt_width: int
+    """Of these the encoder's, of an encoder-decoder model; else 0."""
     response_length: int
     """Longest response."""
     evaluation: int
@@ -78,21 +80,24 @@ class RankBatch:
         return (self.off_policy + self.on_policy) * self.response_length
 
 
-def rank_batch(config: Config, layout: Layout) -> RankBatch:
-    """The largest batch that the settings allow."""
+def rank_batch(config: Config, layout: Layout, *, has_encoder: bool) -> RankBatch:
+    """The largest batch that the settings allow. has_encoder: of the models."""
     prompts = config.training.global_batch_size // layout.dp_size
     off_policy = prompts if config.objective.beta > 0 or config.rollout.reuse.mode == "adaptive" else 0
     on_policy = prompts * config.rollout.samples_per_prompt if config.objective.beta < 1 else 0
     size = min(config.training.micro_batch_size, max(off_policy, on_policy))
     evaluation = -(-config.evaluation.prompts // layout.dp_size)
-    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    prompt_width = padded_width(prompt, config, layout) if has_encoder else 0
+    width = prompt_width + padded_width(response if has_encoder else prompt + response, config, layout)
     return RankBatch(
         prompts=prompts,
         off_policy=off_policy,
         on_policy=on_policy,
         micro_batch_size=size,
         num_microbatches=-(-off_policy // size) + -(-on_policy // size),
-        width=padded_width(longest, config, layout),
+        width=width,
+        prompt_width=prompt_width,
         response_length=config.rollout.max_response_length,
         evaluation=evaluation,
         evaluation_response_length=config.evaluation.max_response_length,
@@ -232,7 +237,7 @@ class _Stage:
             found.append({part: sum(of_model[part] for of_model in both) for part in found[0]})
         return max(found, key=lambda part: sum(part.values()))
 
-    def _play_generation(self, model: CausalLM, rows: int, length: int) -> dict[str, int]:
+    def _play_generation(self, model: LanguageModel, rows: int, length: int) -> dict[str, int]:
         """A pass full of prompts, and one in which every row decodes at its end."""
         rollout, width = self.config.rollout, self.config.data.max_prompt_length
         sampling = Sampling(
@@ -242,12 +247,15 @@ class _Stage:
         responses = [Response(row, [0] * width, length) for row in range(size)]
         pieces = [Segment(row, 0, width) for row in range(max(1, min(size, rollout.pass_tokens // width)))]
         ends = [(row, width + length - 1) for row in range(size)]
-        passes = (
-            Pass([0] * width * len(pieces), [], pieces, list(range(len(pieces))), responses[: len(pieces)]),
-            Pass([0] * size, ends, [], list(range(size)), responses),
-        )
+        few = responses[: len(pieces)]
+        reading = Pass([0] * width * len(pieces), [], pieces, list(range(len(pieces))), few)
+        if isinstance(model, EncoderDecoderLM):
+            first = list(range(len(few)))
+            reading = Pass([0] * len(few), [(row, 0) for row in first], [], first, few, [r.prompt for r in few], first)
+            ends = [(row, length - 1) for row in range(size)]
+        passes = (reading, Pass([0] * size, ends, [], list(range(size)), responses))
         with LiveBytes() as live, generation_mode(model):
-            generator = make_generator(model, 1.0, [size], width + length, self.layout)
+            generator = make_generator(model, 1.0, [size], width, length, self.layout)
             for coming in passes:
                 noise = torch.full((len(coming.responses),), 0.5, dtype=torch.float64, device=self.layout.device)
                 received = None
@@ -265,6 +273,7 @@ class _Stage:
     def _synthetic_batch(self) -> Batch:
         """One micro-batch of the longest sequences; on the last stage with both models' states."""
         b, count = self.batch.micro_batch_size, self.batch.states_per_microbatch
+        with_encoder = self.batch.prompt_width > 0
 
         def indices() -> Tensor:
             return torch.zeros(count, dtype=torch.int64, device=self.layout.device)
@@ -276,11 +285,13 @@ class _Stage:
             state_columns=indices(),
             targets=indices(),
             steps=indices(),
+            prompt_lengths=torch.ones(b, dtype=torch.int64, device=self.layout.device) if with_encoder else None,
+            prompt_width=self.batch.prompt_width,
         )
         student, teacher = (self._states_of(model) for model in (self.players.student, self.players.teacher))
         return Batch([microbatch], [torch.ones(count, device=self.layout.device)], {}, 0.5, student, teacher)
 
-    def _states_of(self, model: CausalLM) -> list[Tensor] | None:
+    def _states_of(self, model: LanguageModel) -> list[Tensor] | None:
         if not self.layout.is_last_stage:
             return None
         shape = (self.batch.states_per_microbatch, model.config.hidden_size)
@@ -335,14 +346,18 @@ class _Stage:
         return self._play_pass(self.trained_student, self.players.student, batch.microbatches[0], loss)
 
     def _play_pass(
-        self, wrapped: DistributedDataParallel, model: CausalLM, microbatch: MicroBatch, loss: Callable[..., Tensor]
+        self,
+        wrapped: DistributedDataParallel,
+        model: LanguageModel,
+        microbatch: MicroBatch,
+        loss: Callable[..., Tensor],
     ) -> dict[str, int]:
         """Forward and backward through this stage. Under 1F1B the activations of up to in_flight - 1 further
         micro-batches are there when the first backward pass runs."""
         layout = self.layout
         with LiveBytes() as live:
             self._receive(model, microbatch, requires_grad=True)
-            output = wrapped(microbatch.tokens)
+            output = wrapped(*microbatch.inputs)
             if not layout.is_last_stage:  # what is sent on is let go (deallocate_pipeline_outputs)
                 kept = live.now - output.untyped_storage().nbytes()
                 torch.autograd.backward(output, torch.empty_like(output))
@@ -356,7 +371,7 @@ class _Stage:
             torch.autograd.backward(loss(states))
         return {"activations": before, "heads and loss": live.peak - before}
 
-    def _receive(self, model: CausalLM, microbatch: MicroBatch, requires_grad: bool = False) -> None:
+    def _receive(self, model: LanguageModel, microbatch: MicroBatch, requires_grad: bool = False) -> None:
         """The previous stage's output, as the schedules hand it in."""
         if self.layout.is_first_stage:
             return
@@ -372,7 +387,7 @@ class _Stage:
         own = self._states_of(critic) if isinstance(critic, TrunkCritic) else None
         with LiveBytes() as live, torch.no_grad():
             self._receive(self.players.teacher, batch.microbatches[0])
-            self.players.teacher(batch.microbatches[0].tokens)
+            self.players.teacher(*batch.microbatches[0].inputs)
             activations = live.peak
         with LiveBytes() as live:
             if batch.student_states is not None:
@@ -394,8 +409,8 @@ def _role_use(model: Model, layout: Layout) -> RoleUse:
         ranks = layout.tp_size if getattr(parameter, "tensor_model_parallel", False) else 1
         if not getattr(parameter, "shared", False):  # the copy of a tied table on the last stage
             use.whole_parameters += parameter.numel() * ranks
-    if isinstance(model, CausalLM) and len(model.decoder.layers):
-        use.layers = (model.decoder.layers[0].layer_number - 1, model.decoder.layers[-1].layer_number - 1)
+    if isinstance(model, LanguageModel) and (numbers := model.layer_numbers()):
+        use.layers = (numbers[0], numbers[-1])
     return use
 
 

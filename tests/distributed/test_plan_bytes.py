@@ -111,7 +111,8 @@ def test_what_passes_take(pipeline: int, features: str):
     def play() -> StageUse:
         layout = build_layout(config.parallel, torch.device("cpu"))
         set_seeds(config.run.seed, layout)
-        return rehearse(config, plan_models(config, None), rank_batch(config, layout), layout)
+        plan = plan_models(config, None)
+        return rehearse(config, plan, rank_batch(config, layout, has_encoder=plan.student.has_encoder), layout)
 
     plan = plan_run(config, None)
     for stage, found in enumerate(run_distributed(play, pipeline)):
