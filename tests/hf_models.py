@@ -13,7 +13,8 @@ from megatron_amd.config import ParallelConfig, TrainingConfig
 from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import Layout, build_layout
 from megatron_amd.models.architecture import Architecture, load_architecture
-from megatron_amd.models.gpt import CausalLM, build_gpt, transformer_config
+from megatron_amd.models.gpt import build_gpt, transformer_config
+from megatron_amd.models.t5 import build_t5
 
 _LLAMA_LIKE = {
     "vocab_size": 53,
@@ -47,15 +48,31 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_inner": 40, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+_T5 = {
+    "vocab_size": 53, "d_model": 32, "d_kv": 12, "d_ff": 40, "num_layers": 3, "num_decoder_layers": 4, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 2,
+}  # fmt: skip
+T5_MODELS: dict[str, dict[str, Any]] = {
+    "t5": {**_T5, "model_type": "t5"},
+    "t5-1.1": {**_T5, "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "t5-silu": {
+        **_T5, "model_type": "t5", "feed_forward_proj": "gated-silu", "num_layers": 4, "num_decoder_layers": 2,
+        "relative_attention_num_buckets": 32,
+    },
+    "mt5": {**_T5, "model_type": "mt5", "num_decoder_layers": 3, "tie_word_embeddings": False},
+}  # fmt: skip
 PADDED_VOCAB = 64
 
 
 def make_hf_model(kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A model with random weights; norms and biases too, so that nothing can hide behind a one or a zero."""
-    settings = dict(MODELS[kind])
+    settings = dict((MODELS | T5_MODELS)[kind])
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(sum(map(ord, kind)))
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    classes = transformers.AutoModelForSeq2SeqLM if kind in T5_MODELS else transformers.AutoModelForCausalLM
+    model = classes.from_config(config, dtype=dtype).eval()
+    if kind in T5_MODELS and not settings.get("tie_word_embeddings", True):  # transformers 5 makes them tied
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 0.3 if parameter.dim() == 1 else 0.15
@@ -77,7 +94,7 @@ def build_megatron(
     layers: tuple[int, ...] | None = None,
     precision: Any = "fp32",
     layout: Layout | None = None,
-) -> tuple[CausalLM, Architecture, Layout]:
+) -> tuple[Any, Architecture, Layout]:
     """This rank's stage of the folder's model, not yet filled. Collective, unless `layout` is given."""
     architecture = load_architecture(str(folder), None, "model")
     if layers is not None:
@@ -85,7 +102,8 @@ def build_megatron(
     layout = layout or build_layout(parallel, torch.device("cpu"))
     set_seeds(1, layout)
     config = transformer_config(architecture, TrainingConfig(precision=precision), layout, {}, "model")
-    model = build_gpt(architecture, config, layout, "local", PADDED_VOCAB)
+    build: Any = build_t5 if architecture.has_encoder else build_gpt
+    model = build(architecture, config, layout, "local", PADDED_VOCAB)
     for parameter in model.parameters():  # a value that loading must overwrite
         parameter.data = torch.full_like(parameter, 7.0, dtype=config.params_dtype)
     return model.eval(), architecture, layout

@@ -114,7 +114,9 @@ def _generate(run: Config, options: argparse.Namespace) -> int:
             tokenizer, plan = check_models(config, layout, warn)
         except InputError as error:  # both roles are the one model here, and the student is looked at first
             raise InputError(re.sub(r"^student\b", role, str(error))) from None
-        dataset = load_rows(config.data, "train", tokenizer, responses=False, warn=warn)
+        dataset = load_rows(
+            config.data, "train", tokenizer, responses=False, end_prompts=plan.student.has_encoder, warn=warn
+        )
         header = _header(config, options, tokenizer, dataset)
         box: list[Any] = [None, None]
         if dist.get_rank() == 0:

@@ -44,8 +44,10 @@ class RowEncoder:
         need_response: bool,
         keep_response: bool,
         max_response_length: int | None,
+        end_prompts: bool,
     ):
         self._config = config
+        self._end = [template.tokenizer.eos_id] if end_prompts else []
         self._template = template
         self._need_response = need_response
         self._keep_response = keep_response
@@ -75,15 +77,17 @@ class RowEncoder:
         if not prompt:
             raise InputError("the prompt has no tokens")
         shortened = self._fit(prompt)
-        return Example(shortened, self._response_tokens(response), text, len(shortened) < len(prompt))
+        is_truncated = len(shortened) < len(prompt)
+        return Example(shortened + self._end, self._response_tokens(response), text, is_truncated)
 
     def _fit(self, prompt: list[int]) -> list[int]:
-        limit = self._config.max_prompt_length
+        longest = self._config.max_prompt_length
+        limit = longest - len(self._end)
         if len(prompt) <= limit:
             return prompt
         if self._config.on_long_prompt != "truncate":
             raise _LongPrompt(
-                f"the prompt has {len(prompt)} tokens, more than data.max_prompt_length {limit}; "
+                f"the prompt has {len(prompt) + len(self._end)} tokens, more than data.max_prompt_length {longest}; "
                 "raise it, or set data.on_long_prompt: skip or truncate"
             )
         # BOS stays in front: models are not used to texts without it.
@@ -171,6 +175,7 @@ def load_rows(
     responses: bool | None = None,
     max_response_length: int | None = None,
     count: int | None = None,
+    end_prompts: bool = False,
     warn: Callable[[str], None] | None = None,
 ) -> PromptDataset:
     """Open `data.train` or `data.evaluation` and check every row (some thousand rows a second).
@@ -180,6 +185,7 @@ def load_rows(
             one, and needed when data.response_field is set.
         max_response_length: longer gold responses are cut to so many tokens and then have no EOS.
         count: stop after so many usable rows (for a held-out set of which only the first are used).
+        end_prompts: put EOS behind each prompt, as T5's encoder is used to.
         warn: called with one line when rows were skipped or truncated; pass it on rank 0 only.
 
     Raises InputError naming the file, the row and the field, and what to do.
@@ -197,6 +203,7 @@ def load_rows(
         need_response=need,
         keep_response=responses is not False,
         max_response_length=max_response_length,
+        end_prompts=end_prompts,
     )
     settings = _settings_of_fields(config, with_response=need)
     sources = open_sources(location, config.train_split if split == "train" else config.evaluation_split, setting)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 
 from megatron_amd.data.hub import check_hub_reachable, is_hub_name
 from megatron_amd.errors import InputError, first_line
@@ -42,6 +43,7 @@ _LAYER_COUNTS = {
     "mt5": ("num_layers", "num_decoder_layers"),
 }
 """Keys of config.json that count layers, where there is no `num_hidden_layers`."""
+_T5_TABLES = {"shared.weight", "lm_head.weight"}
 _ANY_LENGTH = 2**20
 """Positions of a model whose position biases have no end."""
 
@@ -264,7 +266,25 @@ def load_architecture(path: str | None, inline: Mapping[str, Any] | None, where:
     if path is None:
         raise InputError(f"{where}: needs a path (a folder or hub name) or an architecture")
     file = model_file(path, "config.json", f"{where}.path")
-    return Architecture.from_hf(read_json(file), str(file))
+    architecture = Architecture.from_hf(read_json(file), str(file))
+    if architecture.has_encoder and architecture.tied and _has_own_head(file.parent):
+        return replace(architecture, tied=False)
+    return architecture
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Whether a T5's files hold an LM head that is not the embedding.
+
+    transformers 5 writes into config.json that the two are tied also where they are not, and looks at the weights.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in _T5_TABLES & set(opened.keys())}
+        except (SafetensorError, OSError):  # whoever loads the weights says so
+            return False
+    return len(tensors) == len(_T5_TABLES) and not torch.equal(*tensors.values())
 
 
 def model_file(source: str, name: str, where: str) -> Path:

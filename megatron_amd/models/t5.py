@@ -24,6 +24,7 @@ from megatron_amd import distributed  # noqa: F401  (before megatron.core: prepa
 
 # isort: split
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -60,6 +61,7 @@ class EncoderDecoderLM(LanguageModule):
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config, pg_collection)
+        self.model_type = ModelType.encoder_or_decoder  # as far as schedules see: one tensor between stages
         stages, stage = pg_collection.pp.size(), pg_collection.pp.rank()
         self.pre_process, self.post_process = stage == 0, stage == stages - 1
         self.vocab_size = vocab_size

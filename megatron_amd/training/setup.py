@@ -52,7 +52,7 @@ def set_up(config: Config, layout: Layout, warn: Callable[[str], None] = print) 
         if config.checkpoint.export:
             check_export_folder(Path(config.run.directory) / "student")
         tokenizer, plan = check_models(config, layout, warn)
-        train, held_out = _open_data(config, tokenizer, layout, warn)
+        train, held_out = _open_data(config, tokenizer, plan, layout, warn)
         loader = PromptLoader(
             train,
             global_batch_size=config.training.global_batch_size,
@@ -171,7 +171,7 @@ def _check_weights(config: Config, plan: ModelPlan) -> None:
 
 
 def _open_data(
-    config: Config, tokenizer: Tokenizer, layout: Layout, warn: Callable[[str], None]
+    config: Config, tokenizer: Tokenizer, plan: ModelPlan, layout: Layout, warn: Callable[[str], None]
 ) -> tuple[PromptDataset, HeldOut | None]:
     rollout = config.rollout
     kind = rollout.off_policy if config.uses_off_policy else None
@@ -181,6 +181,7 @@ def _open_data(
         tokenizer,
         responses=kind == "data",
         max_response_length=rollout.max_response_length,
+        end_prompts=plan.student.has_encoder,
         warn=warn,
     )
     if kind == "file":
@@ -198,7 +199,9 @@ def _open_data(
     count = config.evaluation.prompts
     if not count:
         return train, None
-    rows = load_rows(config.data, "evaluation", tokenizer, responses=False, count=count)
+    rows = load_rows(
+        config.data, "evaluation", tokenizer, responses=False, count=count, end_prompts=plan.student.has_encoder
+    )
     prompts = first_prompts(rows, count, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
     return train, HeldOut(prompts, tokenizer.eos_ids, tokenizer.decode)
 
