@@ -14,13 +14,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.models.T5.t5_spec import (
-    decoder_model_with_local_spec,
-    decoder_model_with_transformer_engine_default_spec,
-    encoder_model_with_local_spec,
-    encoder_model_with_transformer_engine_default_spec,
-)
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.attention import CrossAttention, CrossAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -102,23 +98,44 @@ def fp8_multiple(training: TrainingConfig) -> int:
     return get_fp8_align_size((FP8_DEFAULTS | training.fp8)["fp8_recipe"])
 
 
-def encoder_block_spec(implementation: Implementation, count: int) -> TransformerBlockSubmodules:
+def encoder_block_spec(
+    config: TransformerConfig, implementation: Implementation, count: int
+) -> TransformerBlockSubmodules:
     """`count` layers of an encoder."""
-    if implementation == "transformer_engine":
-        layer = encoder_model_with_transformer_engine_default_spec()
-    else:
-        layer = encoder_model_with_local_spec()
+    layer = _plain_layer(config, implementation)
+    layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.padding}
     return _finished(layer, implementation, count)
 
 
-def decoder_block_spec(implementation: Implementation, count: int) -> TransformerBlockSubmodules:
+def decoder_block_spec(
+    config: TransformerConfig, implementation: Implementation, count: int
+) -> TransformerBlockSubmodules:
     """`count` layers of a decoder with cross-attention."""
+    layer = _plain_layer(config, implementation)
+    linear, norm = ColumnParallelLinear, SequenceParallelNorm
     if implementation == "transformer_engine":
-        layer = decoder_model_with_transformer_engine_default_spec()
-    else:
-        layer = decoder_model_with_local_spec()
-    layer.submodules.cross_attention.submodules.core_attention = CoreAttention
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+        linear, norm = TEColumnParallelLinear, TENorm
+    parts = layer.submodules
+    parts.pre_cross_attn_layernorm, parts.cross_attn_bda = norm, parts.self_attn_bda
+    parts.cross_attention = ModuleSpec(
+        module=CrossAttention,
+        params={"attn_mask_type": AttnMaskType.padding},
+        submodules=CrossAttentionSubmodules(
+            linear_q=linear,
+            linear_kv=linear,
+            core_attention=CoreAttention,
+            linear_proj=parts.self_attention.submodules.linear_proj,
+        ),
+    )
     return _finished(layer, implementation, count)
+
+
+def _plain_layer(config: TransformerConfig, implementation: Implementation) -> ModuleSpec:
+    if implementation == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec()
+    return get_gpt_layer_local_spec(normalization=config.normalization)
 
 
 def _finished(layer: ModuleSpec, implementation: Implementation, count: int) -> TransformerBlockSubmodules:
@@ -130,16 +147,11 @@ def _finished(layer: ModuleSpec, implementation: Implementation, count: int) -> 
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TENorm)
-    for name in ("input_layernorm", "pre_cross_attn_layernorm", "pre_mlp_layernorm"):
-        if getattr(parts, name) is not IdentityOp:
-            setattr(parts, name, SequenceParallelNorm)
+    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=SequenceParallelNorm)
 
 
 def block_spec(config: TransformerConfig, implementation: Implementation, pp_rank: int) -> TransformerBlockSubmodules:
     """The layers of pipeline stage `pp_rank` of a decoder-only model."""
-    if implementation == "transformer_engine":
-        layer = get_gpt_layer_with_transformer_engine_spec()
-    else:
-        layer = get_gpt_layer_local_spec(normalization=config.normalization)
+    layer = _plain_layer(config, implementation)
     return _finished(layer, implementation, get_num_layers_to_build(config, vp_stage=None, pp_rank=pp_rank))

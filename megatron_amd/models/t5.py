@@ -78,10 +78,10 @@ class EncoderDecoderLM(LanguageModule):
         self._layer_numbers = [*encoder, *(architecture.encoder_layers + number for number in decoder)]
         self.encoder = self.decoder = None
         if encoder:
-            spec = encoder_block_spec(implementation, len(encoder))
+            spec = encoder_block_spec(config, implementation, len(encoder))
             self.encoder = LayerStack(config, spec, encoder, architecture.encoder_layers, pg_collection)
         if decoder:
-            spec = decoder_block_spec(implementation, len(decoder))
+            spec = decoder_block_spec(config, implementation, len(decoder))
             self.decoder = LayerStack(config, spec, decoder, architecture.num_layers, pg_collection)
         self.encoder_bias, self.decoder_bias = (
             RelativeBias(config, architecture, pg_collection, bidirectional=bidirectional)

@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
-from megatron_amd.batch import Prompts, Rollouts, make_encoder_decoder_microbatches
+from megatron_amd.batch import MicroBatch, Prompts, Rollouts, make_encoder_decoder_microbatches
 from megatron_amd.checkpoint.hf import export_hf, load_hf_weights
 from megatron_amd.config import ParallelConfig
+from megatron_amd.distributed.layout import Layout
 from megatron_amd.distributed.schedule import forward_states
 from megatron_amd.models.t5 import relative_buckets, stage_layers
 from megatron_amd.rollout.generate import generate
@@ -22,8 +23,9 @@ pytestmark = pytest.mark.distributed
 
 LAYOUTS = [(1, 1, False), (2, 1, False), (2, 1, True), (1, 2, False), (1, 3, False), (2, 2, True), (2, 3, True)]
 """(TP, PP, sequence parallelism)."""
-PROMPTS = [[5, 9, 3], [7], [8, 8, 2, 41, 17, 6, 30, 12, 4], [11, 22, 33, 44, 1]]
-RESPONSES = [[4, 8], [12, 40, 6, 9, 3, 1, 7, 5, 5, 19, 2], [1], [20, 21, 22]]
+PROMPTS = [[5, 9, 3], [7], [8, 8, 2, 41, 17, 6, 30, 12, 4], [11, 22, 33, 44, 1], [26, 50], [1, 14, 8, 29, 47, 35, 2]]
+RESPONSES = [[4, 8], [12, 40, 6, 9, 3, 1, 7, 5, 5, 19, 2], [1], [20, 21, 22], [13], [9, 10, 11, 12, 24]]
+SCALED = (".wo.weight", ".wi.weight", ".wi_0.weight", ".wi_1.weight")
 EOS = (3, 17, 31)
 LONGEST = 40
 
@@ -53,6 +55,19 @@ def parallel(tensor: int, pipeline: int, sequence: bool) -> ParallelConfig:
     )
 
 
+def logits_of_states(
+    model: Any, microbatches: list[MicroBatch], layout: Layout, vocab_size: int
+) -> torch.Tensor | None:
+    """[N, V] at all states, on the last stage."""
+    states = forward_states(model, microbatches, layout)
+    if states is None:
+        return None
+    local = torch.cat(states) @ model.head_weight().t()
+    shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
+    torch.distributed.all_gather(shards, local, group=layout.groups.tp)
+    return torch.cat(shards, dim=-1)[:, :vocab_size]
+
+
 def load_compare_export(folders: dict[str, Path], exported: Path, *sizes: Any) -> dict[str, float]:
     """For each folder, load it, compare logits at all states, export it. Largest differences on the last stage."""
     worst, layout = {}, None
@@ -60,15 +75,11 @@ def load_compare_export(folders: dict[str, Path], exported: Path, *sizes: Any) -
         model, architecture, layout = build_megatron(folder, parallel(*sizes), layout=layout)
         load_hf_weights(model, folder, architecture)
         microbatches = make_encoder_decoder_microbatches(
-            Rollouts.from_lists(PROMPTS, RESPONSES), on_policy=True, size=3, prompt_width=10, response_width=12,
+            Rollouts.from_lists(PROMPTS, RESPONSES), on_policy=True, size=4, prompt_width=10, response_width=12,
             start_id=model.decoder_start_id,
         )  # fmt: skip
-        states = forward_states(model, microbatches, layout)
-        if states is not None:
-            local = torch.cat(states) @ model.head_weight().t()
-            shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
-            torch.distributed.all_gather(shards, local, group=layout.groups.tp)
-            logits = torch.cat(shards, dim=-1)[:, : architecture.vocab_size]
+        logits = logits_of_states(model, microbatches, layout, architecture.vocab_size)
+        if logits is not None:
             expected = torch.cat(torch.load(folder / "logits.pt"))
             assert torch.cat([m.targets for m in microbatches]).tolist() == sum(RESPONSES, [])
             worst[kind] = ((logits - expected).abs().max() / expected.abs().max()).item()
@@ -126,13 +137,13 @@ def sharp_model(kind: str) -> Any:
     model = make_hf_model(kind)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() > 1 and "relative" not in name:
-                parameter *= 3
+            if name.endswith(SCALED):
+                parameter *= 6
     return model
 
 
 def prompts() -> Prompts:
-    return Prompts(ids=tuple(range(4)), visits=(0,) * 4, tokens=tuple(map(tuple, PROMPTS)))
+    return Prompts(ids=tuple(range(6)), visits=(0,) * 6, tokens=tuple(map(tuple, PROMPTS)))
 
 
 def greedy_of_transformers(model: Any) -> list[list[int]]:
@@ -148,7 +159,8 @@ def greedy_of_transformers(model: Any) -> list[list[int]]:
 
 
 def generate_ours(folders: dict[str, Path], batch_size: int, *sizes: Any) -> dict[str, Any]:
-    """Greedy tokens, and sampled ones with their log-probabilities and those of the trainer's forward pass."""
+    """Of the `sharp` models greedy tokens; of all sampled ones, with the largest difference between their
+    log-probabilities and those of the trainer's forward pass."""
     found: dict[str, Any] = {}
     layout = None
     for kind, folder in folders.items():
@@ -158,26 +170,21 @@ def generate_ours(folders: dict[str, Path], batch_size: int, *sizes: Any) -> dic
             "layout": layout, "vocab_size": architecture.vocab_size, "eos_ids": EOS, "seed": 7,
             "max_response_length": LONGEST, "batch_size": batch_size, "pass_tokens": 24,
         }  # fmt: skip
-        greedy = generate(model, prompts(), temperature=0, **settings).responses()
+        greedy = generate(model, prompts(), temperature=0, **settings).responses() if "sharp" in kind else None
         sampled = generate(model, prompts(), samples_per_prompt=3, **settings)
         assert sampled.log_probs is not None
         longest = int((sampled.lengths - sampled.prompt_lengths).max())
-        longest += longest % 2
         [microbatch] = make_encoder_decoder_microbatches(
-            sampled, on_policy=True, size=len(sampled), prompt_width=10, response_width=longest,
+            sampled, on_policy=True, size=len(sampled), prompt_width=10, response_width=longest + longest % 2,
             start_id=model.decoder_start_id,
         )  # fmt: skip
-        states = forward_states(model, [microbatch], layout)
-        worst = 0.0
-        if states is not None:
-            local = states[0] @ model.head_weight().t()
-            shards = [torch.empty_like(local) for _ in range(layout.tp_size)]
-            torch.distributed.all_gather(shards, local, group=layout.groups.tp)
-            logits = torch.cat(shards, dim=-1)[:, : architecture.vocab_size]
+        logits = logits_of_states(model, [microbatch], layout, architecture.vocab_size)
+        difference = 0.0
+        if logits is not None:
             exact = logits.log_softmax(-1).gather(1, microbatch.targets[:, None])[:, 0]
             own = sampled.log_probs[microbatch.state_rows, microbatch.steps]
-            worst = (exact - own).abs().max().item()
-        found[kind] = (greedy, sampled.responses(), worst)
+            difference = (exact - own).abs().max().item()
+        found[kind] = (greedy, sampled.responses(), difference)
     return found
 
 
@@ -187,21 +194,21 @@ def sharp(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], di
     for kind in T5_MODELS:
         model = sharp_model(kind)
         model.save_pretrained(root / kind)
-        expected[kind] = greedy_of_transformers(model)
-    return {kind: root / kind for kind in T5_MODELS}, expected
+        expected[f"sharp {kind}"] = greedy_of_transformers(model)
+    return {f"sharp {kind}": root / kind for kind in T5_MODELS}, expected
 
 
 @pytest.fixture(scope="module")
-def one_process(sharp: Any) -> dict[str, Any]:
-    return run_distributed(generate_ours, 1, sharp[0], 64, 1, 1, False)[0]
+def one_process(folders: dict[str, Path], sharp: Any) -> dict[str, Any]:
+    return run_distributed(generate_ours, 1, folders | sharp[0], 64, 1, 1, False)[0]
 
 
 def test_the_case_is_not_trivial(sharp: Any, one_process: dict[str, Any]) -> None:
     for kind, responses in sharp[1].items():
-        assert len({token for response in responses for token in response}) > 8, kind
-    for _, sampled, _ in one_process.values():
-        assert len(set(map(len, sampled))) > 4
-        assert len(set(map(tuple, sampled))) == 12
+        assert len({token for response in responses for token in response}) > 6, kind
+    for kind, (_, sampled, _) in one_process.items():
+        assert len(set(map(len, sampled))) > 4, kind
+        assert len(set(map(tuple, sampled))) > 12, kind
 
 
 @pytest.mark.parametrize(
@@ -209,12 +216,18 @@ def test_the_case_is_not_trivial(sharp: Any, one_process: dict[str, Any]) -> Non
     [(*layout, 3) for layout in LAYOUTS] + [(1, 1, False, 1), (1, 3, False, 1), (2, 1, True, 64), (1, 3, False, 64)],
 )
 def test_generation(
-    sharp: Any, one_process: dict[str, Any], tensor: int, pipeline: int, sequence: bool, batch_size: int
+    folders: dict[str, Path],
+    sharp: Any,
+    one_process: dict[str, Any],
+    tensor: int,
+    pipeline: int,
+    sequence: bool,
+    batch_size: int,
 ) -> None:
     """Greedy tokens are transformers', sampled ones the same for every layout and pool, log-probabilities exact."""
-    folders, expected = sharp
-    for found in run_distributed(generate_ours, tensor * pipeline, folders, batch_size, tensor, pipeline, sequence):
-        for kind, (greedy, sampled, worst) in found.items():
-            assert greedy == expected[kind], kind
+    models, sizes = folders | sharp[0], (tensor, pipeline, sequence)
+    for found in run_distributed(generate_ours, tensor * pipeline, models, batch_size, *sizes):
+        for kind, (greedy, sampled, difference) in found.items():
+            assert greedy == sharp[1].get(kind), kind
             assert sampled == one_process[kind][1], kind
-            assert worst < 1e-5, kind
+            assert difference < (1e-4 if "sharp" in kind else 1e-5), kind
