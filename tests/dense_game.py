@@ -139,7 +139,12 @@ class DenseGame:
     def _run(self, prompt: Sequence[int], response: Sequence[int]) -> _States:
         tokens = torch.tensor([[*prompt, *response]])
         span = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
-        hidden = {name: model.model(tokens).last_hidden_state[0, span] for name, model in self.models.items()}
+        hidden = {
+            name: _encoder_decoder_states(model, prompt, response)
+            if model.config.is_encoder_decoder
+            else model.model(tokens).last_hidden_state[0, span]
+            for name, model in self.models.items()
+        }
         z = {
             name: reference.logits(hidden[name], self.models[name].lm_head.weight[: self.vocab_size])
             for name in ("student", "teacher")
@@ -197,9 +202,19 @@ class DenseGame:
 
 
 def _load(folder: Path) -> transformers.PreTrainedModel:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", local_files_only=True
-    )
+    with_encoder = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).is_encoder_decoder
+    classes = transformers.AutoModelForSeq2SeqLM if with_encoder else transformers.AutoModelForCausalLM
+    return classes.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager", local_files_only=True)
+
+
+def _encoder_decoder_states(
+    model: transformers.PreTrainedModel, prompt: Sequence[int], response: Sequence[int]
+) -> Tensor:
+    """[T, H] states of a T5 that its LM head is applied to."""
+    read = model.encoder(torch.tensor([list(prompt)])).last_hidden_state
+    tokens = torch.tensor([[model.config.decoder_start_token_id, *response[:-1]]])
+    states = model.decoder(tokens, encoder_hidden_states=read).last_hidden_state[0]
+    return states * model.config.d_model**-0.5 if model.config.scale_decoder_outputs else states
 
 
 def _sources(config: Config) -> tuple[str, ...]:

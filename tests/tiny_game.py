@@ -87,13 +87,7 @@ class Game:
         check_copies(optimization, self.layout)
         architecture = self.plan.student if role == "student" else self.plan.critic_trunk
         assert architecture is not None
-        carrier = build_model(
-            role,
-            self.players.config,
-            self.plan,
-            self.layout,
-            **({"model_class": TrunkCritic} if role == "critic" else {}),
-        )
+        carrier = build_model(role, self.players.config, self.plan, self.layout)
         gradients = {name.removeprefix("module."): p.main_grad for name, p in optimization.model.named_parameters()}
         with torch.no_grad():
             for name, parameter in carrier.named_parameters():
@@ -128,6 +122,12 @@ def check_copies(optimization: Optimization, layout: Layout) -> None:
     model: Any = optimization.model.module
     if layout.pp_size > 1 and model.share_embeddings_and_output_weights and layout.groups.embd.size() > 1:
         _check_equal(model.shared_embedding_or_output_weight().main_grad, layout.groups.embd, "tied embedding")
+    for name in ("encoder_bias", "decoder_bias") if hasattr(model, "encoder_bias") else ():
+        bias = getattr(model, name)
+        of_stages: list[Any] = [None] * layout.pp_size
+        dist.all_gather_object(of_stages, None if bias is None else bias.weight.main_grad, group=layout.groups.pp)
+        copies = [gradient for gradient in of_stages if gradient is not None]
+        assert all(torch.equal(copy, copies[0]) for copy in copies), f"{name} differs between its holders"
 
 
 def snapshot(optimization: Optimization | None) -> dict[str, Tensor]:

@@ -17,6 +17,12 @@ TEACHER = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True,
 }  # fmt: skip
 STUDENT = {**TEACHER, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "tie_word_embeddings": False}
+T5_TEACHER = {
+    "model_type": "t5", "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 4, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False, "decoder_start_token_id": 0,
+}  # fmt: skip
+T5_STUDENT = {**T5_TEACHER, "d_model": 24, "d_ff": 40, "num_layers": 2, "num_decoder_layers": 1}
 PROMPTS = (
     "How many clips did Natalia sell?", "What is a fox?", "Write a response.", "Describe the lazy dog in April.",
     "The quick brown fox", "Name a task.", "How many dogs?", "Sell clips in May.", "An instruction, please.", "Jump!",
@@ -28,10 +34,15 @@ def save_model(folder: Path, architecture: dict[str, Any], vocab_size: int, seed
     settings = dict(architecture)
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), vocab_size=vocab_size, **settings)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with_encoder = config.is_encoder_decoder
+    classes = transformers.AutoModelForSeq2SeqLM if with_encoder else transformers.AutoModelForCausalLM
+    model = classes.from_config(config, dtype=torch.float32)
+    if with_encoder and not settings.get("tie_word_embeddings", True):  # transformers 5 makes them tied
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    scale = 0.15 if with_encoder else 0.3  # T5 does not scale its attention
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.3 + (1.0 if parameter.dim() == 1 else 0.0))
+            parameter.copy_(torch.randn(parameter.shape) * scale + (1.0 if parameter.dim() == 1 else 0.0))
     model.save_pretrained(folder)
     return folder
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -59,15 +58,9 @@ def forward_backward(
 
     kept = _run(model, microbatches, layout, loss, forward_only=False)
     finalize_model_grads([model], None, pg_collection=layout.groups)
-    _sum_over_stages(model, layout)
+    if layout.pp_size > 1 and hasattr(model.module, "sum_gradients_of_copies"):
+        model.module.sum_gradients_of_copies()
     return kept if layout.is_last_stage else None
-
-
-def _sum_over_stages(model: DistributedDataParallel, layout: Layout) -> None:
-    """Add up the gradients of parameters of which every stage has a copy, such as T5's position biases."""
-    for parameter in model.parameters():
-        if getattr(parameter, "shared_by_stages", False) and parameter.requires_grad:
-            dist.all_reduce(parameter.main_grad, group=layout.groups.pp)  # type: ignore[attr-defined]
 
 
 def backward_without_trunk(

@@ -18,6 +18,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_amd import distributed  # noqa: F401  (before megatron.core: prepares torch and keeps imports quiet)
@@ -70,23 +71,26 @@ class EncoderDecoderLM(LanguageModule):
         assert architecture.decoder_start_id is not None
         self.decoder_start_id = architecture.decoder_start_id
         self.output_scale = architecture.output_scale
+        self._buckets = architecture.relative_buckets
         if self.pre_process:
             self.embedding = LanguageModelEmbedding(
                 config, vocab_size, self.max_sequence_length, position_embedding_type="none", tp_group=self.tp_group
             )
         encoder, decoder = stage_layers(architecture, stages, stage)
         self._layer_numbers = [*encoder, *(architecture.encoder_layers + number for number in decoder)]
-        self.encoder = self.decoder = None
+        self.encoder = self.decoder = self.encoder_bias = self.decoder_bias = None
         if encoder:
             spec = encoder_block_spec(config, implementation, len(encoder))
             self.encoder = LayerStack(config, spec, encoder, architecture.encoder_layers, pg_collection)
+            self.encoder_bias = RelativeBias(
+                config, architecture, pg_collection, bidirectional=True, is_copy=encoder.start > 0
+            )
         if decoder:
             spec = decoder_block_spec(config, implementation, len(decoder))
             self.decoder = LayerStack(config, spec, decoder, architecture.num_layers, pg_collection)
-        self.encoder_bias, self.decoder_bias = (
-            RelativeBias(config, architecture, pg_collection, bidirectional=bidirectional)
-            for bidirectional in (True, False)
-        )
+            self.decoder_bias = RelativeBias(
+                config, architecture, pg_collection, bidirectional=False, is_copy=decoder.start > 0
+            )
         if self.post_process:
             self.output_layer = ColumnParallelLinear(
                 config.hidden_size,
@@ -127,7 +131,7 @@ class EncoderDecoderLM(LanguageModule):
         hidden = padding_mask(prompt_lengths, prompt_width)
         if self.encoder is not None:
             encoded = self._encode(encoded, hidden)
-        if self.decoder is not None:
+        if self.decoder is not None and self.decoder_bias is not None:
             columns = torch.arange(widths[1], device=tokens.device)
             decoded = self.decoder(
                 decoded,
@@ -158,7 +162,7 @@ class EncoderDecoderLM(LanguageModule):
             encoded = encoded.view(width, count, -1) if count else encoded
         if count and self.encoder is not None:
             encoded = self._encode(encoded, padding_mask(cache.new_lengths, width))
-        if self.decoder is not None:
+        if self.decoder is not None and self.decoder_bias is not None:
             bias = self.decoder_bias(cache.positions, torch.arange(cache.max_length, device=tokens.device))
             decoded = self.decoder(decoded, attention_mask=None, context=encoded, attention_bias=bias)
         if self.post_process:
@@ -166,7 +170,7 @@ class EncoderDecoderLM(LanguageModule):
         return torch.cat([encoded.flatten(0, 1).unsqueeze(1) if count else encoded, decoded])
 
     def _encode(self, encoded: Tensor, hidden: Tensor) -> Tensor:
-        assert self.encoder is not None
+        assert self.encoder is not None and self.encoder_bias is not None
         width = hidden.shape[-1]
         columns = torch.arange(width, device=hidden.device)
         bias = self.encoder_bias(columns, columns)
@@ -195,6 +199,14 @@ class EncoderDecoderLM(LanguageModule):
             of_head = torch.tensor([width**-0.5, 1.0, 1.0]).repeat_interleave(width)
             return of_head.repeat(config.num_attention_heads)[:, None] * hidden**-0.5
         return float(hidden**-0.5)
+
+    def sum_gradients_of_copies(self) -> None:
+        """Add up the gradients of the stages' copies of the position biases. Collective over the pipeline."""
+        any_gradient: Tensor = next(self.parameters()).main_grad  # type: ignore[attr-defined]
+        shape = (self._buckets, self.config.num_attention_heads // self.tp_group.size())
+        for bias in (self.encoder_bias, self.decoder_bias):
+            none = any_gradient.new_zeros(shape)
+            dist.all_reduce(none if bias is None else bias.weight.main_grad, group=self.pp_group)
 
     def head_weight(self) -> Tensor:
         """[V_local, H] rows of the LM head (last stage)."""
@@ -241,8 +253,8 @@ class LayerStack(TransformerBlock):
 class RelativeBias(MegatronModule):
     """What T5 adds to the scores of self-attention: a number for each head and bucket of distances.
 
-    One table serves all layers. It is small, so every pipeline stage holds a copy; `shared_by_stages` marks it for the
-    sum of the copies' gradients (distributed/schedule.py).
+    One table serves all layers of a stack. Every pipeline stage that has some holds a copy
+    (`EncoderDecoderLM.sum_gradients_of_copies`). is_copy: an earlier stage has it too.
     """
 
     def __init__(
@@ -252,8 +264,10 @@ class RelativeBias(MegatronModule):
         pg_collection: ProcessGroupCollection,
         *,
         bidirectional: bool,
+        is_copy: bool,
     ) -> None:
         super().__init__(config)
+        self.is_copy = is_copy
         self.bidirectional = bidirectional
         self.max_distance = architecture.relative_max_distance
         self.pg_collection = pg_collection
@@ -264,11 +278,10 @@ class RelativeBias(MegatronModule):
         )
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=1, stride=1)
         if pg_collection.pp.size() > 1:
-            self.weight.shared_by_stages = True  # type: ignore[attr-defined]
             # A bucket of its own in the gradient buffer, so that all stages cut it alike over the replicas; counted
             # once in gradient norms.
             self.weight.shared_embedding = True  # type: ignore[attr-defined]
-            self.weight.shared = pg_collection.pp.rank() > 0  # type: ignore[attr-defined]
+            self.weight.shared = is_copy  # type: ignore[attr-defined]
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """[1, np, queries, keys] for int64 positions of queries and keys."""
@@ -288,7 +301,7 @@ class RelativeBias(MegatronModule):
                 self.weight,
                 name,
                 tp_axis=1,
-                replica_id=(groups.pp.rank(), 0, groups.dp_cp.rank()),
+                replica_id=(groups.pp.rank() if self.is_copy else 0, 0, groups.dp_cp.rank()),
                 tp_group=groups.tp,
                 dp_cp_group=groups.dp_cp,
             )

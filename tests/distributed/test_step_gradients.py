@@ -7,6 +7,7 @@ combined so that every pair of them occurs, not every combination.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tests.dense_game import DenseGame, fixed_sequences
 from tests.distributed.runner import run_distributed
 from tests.pairs import Case, all_pairs, meetings, possible_meetings
 from tests.tiny_game import Game
-from tests.tiny_run import STUDENT, TEACHER, make_files, save_model, write_config
+from tests.tiny_run import STUDENT, T5_STUDENT, T5_TEACHER, TEACHER, make_files, save_model, write_config
 
 TOLERANCE = 5e-5
 """Of the largest entry of a parameter's gradient; fp32 gave at most 1e-5."""
@@ -41,6 +42,17 @@ LAYOUTS: dict[str, tuple[int, int, int, bool]] = {
     "tp4-pp2": (4, 2, 1, False),
 }
 """(TP, PP, DP, sequence parallelism)."""
+T5_LAYOUTS: dict[str, tuple[int, int, int, bool]] = {
+    "one": (1, 1, 1, False),
+    "tp2": (2, 1, 1, False),
+    "tp2-sp": (2, 1, 1, True),
+    "pp2": (1, 2, 1, False),
+    "pp3": (1, 3, 1, False),
+    "dp2": (1, 1, 2, False),
+    "pp2-dp2": (1, 2, 2, False),
+    "tp2-pp2-sp": (2, 2, 1, True),
+    "tp2-pp3-sp": (2, 3, 1, True),
+}
 STUDENT_FACTORS: dict[str, tuple[str, ...]] = {
     "layout": tuple(LAYOUTS),
     "objective": ("rao_blackwell", "reinforce", "per_step", "sft", *DIVERGENCES),
@@ -66,6 +78,22 @@ CRITIC_FACTORS: dict[str, tuple[str, ...]] = {
         )
     },
 }  # fmt: skip
+_T5_COMMON: dict[str, tuple[str, ...]] = {
+    "layout": tuple(T5_LAYOUTS),
+    "objective.beta": ("0", "0.5", "1"),
+    "training.micro_batch_size": ("1", "3", "4"),
+    "temperatures": ("one",),
+    "critic": ("own", "teacher", "pair"),
+    "use_distributed_optimizer": ("true", "false"),
+    "sequences": ("mixed", "short rank"),
+}
+T5_STUDENT_FACTORS = {
+    **_T5_COMMON,
+    "objective": ("rao_blackwell", "per_step", "sft", "kl"),
+    "student": ("untied", "tied"),
+    "overlap_grad_reduce": ("false", "true"),
+}
+T5_CRITIC_FACTORS = {**_T5_COMMON, "objective.estimator": ("full_vocabulary", "sampled")}
 CRITICS = {
     "own": ("critic.features=own", "critic.trunk=model"),
     "teacher": ("critic.features=teacher", "critic.head_init=zero"),
@@ -84,24 +112,39 @@ def possible(case: Case) -> bool:
     )
 
 
+class Family(NamedTuple):
+    """Models that play, and the layouts they play under."""
+
+    teacher: dict[str, Any]
+    student: dict[str, Any]
+    trunk: dict[str, Any]
+    embedding: str
+    layouts: dict[str, tuple[int, int, int, bool]]
+
+
 DIVISIBLE = {"num_hidden_layers": 4, "num_key_value_heads": 4}
 """By the largest TP and PP."""
+LLAMA = Family(
+    {**TEACHER, **DIVISIBLE}, {**STUDENT, **DIVISIBLE}, {**STUDENT, **DIVISIBLE, "hidden_size": 16},
+    "model.embed_tokens.weight", LAYOUTS,
+)  # fmt: skip
+T5 = Family(T5_TEACHER, T5_STUDENT, {**T5_STUDENT, "d_model": 16}, "shared.weight", T5_LAYOUTS)
 
 
 class Files:
     """Models on disk, their dense games and the settings of a case."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.settings = make_files(folder, teacher={**TEACHER, **DIVISIBLE}, student={**STUDENT, **DIVISIBLE})
-        self.vocab_size = _rows(folder / "teacher") - 2
-        save_model(folder / "tied", {**STUDENT, **DIVISIBLE, "tie_word_embeddings": True}, self.vocab_size + 5, seed=3)
-        save_model(folder / "trunk", {**STUDENT, **DIVISIBLE, "hidden_size": 16}, self.vocab_size, seed=4)
+    def __init__(self, folder: Path, family: Family) -> None:
+        self.folder, self.layouts = folder, family.layouts
+        self.settings = make_files(folder, teacher=family.teacher, student=family.student)
+        self.vocab_size = load_file(folder / "teacher" / "model.safetensors")[family.embedding].shape[0] - 2
+        save_model(folder / "tied", {**family.student, "tie_word_embeddings": True}, self.vocab_size + 5, seed=3)
+        save_model(folder / "trunk", family.trunk, self.vocab_size, seed=4)
         self.settings["critic"]["model"] = {"path": str(folder / "trunk")}
         self.games: dict[tuple[str, str], DenseGame] = {}
 
     def config(self, case: Case) -> Config:
-        tensor, pipeline, _, sequence = LAYOUTS[case["layout"]]
+        tensor, pipeline, _, sequence = self.layouts[case["layout"]]
         objective = case.get("objective", "per_step")
         amm = objective in ("rao_blackwell", "reinforce", "per_step")
         return write_config(
@@ -140,10 +183,6 @@ class Files:
         return self.games[student, kind]
 
 
-def _rows(folder: Path) -> int:
-    return load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape[0]
-
-
 def play(files: Files, player: str, cases: list[Case], configs: list[Config]) -> list[dict[str, np.ndarray]]:
     """One rank's part: each case's gradients into the folder `gradients-N`; returns those of the critic's heads."""
     layout = build_layout(configs[0].parallel, torch.device("cpu"))
@@ -174,7 +213,12 @@ def play(files: Files, player: str, cases: list[Case], configs: list[Config]) ->
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return Files(tmp_path_factory.mktemp("gradients"))
+    return Files(tmp_path_factory.mktemp("gradients"), LLAMA)
+
+
+@pytest.fixture(scope="module")
+def t5_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("t5-gradients"), T5)
 
 
 def assert_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], case: Case) -> None:
@@ -187,8 +231,29 @@ def assert_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], cas
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_student_gradient_is_the_dense_one(files: Files, name: str) -> None:
-    cases = [case for case in all_pairs(STUDENT_FACTORS, possible) if case["layout"] == name]
-    tensor, pipeline, data, _ = LAYOUTS[name]
+    check_student(files, [case for case in all_pairs(STUDENT_FACTORS, possible) if case["layout"] == name])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", T5_LAYOUTS)
+def test_every_gradient_of_a_t5_student_is_the_dense_one(t5_files: Files, name: str) -> None:
+    check_student(t5_files, [case for case in all_pairs(T5_STUDENT_FACTORS, possible) if case["layout"] == name])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_critic_gradient_is_the_dense_one(files: Files, name: str) -> None:
+    check_critic(files, [case for case in all_pairs(CRITIC_FACTORS, possible) if case["layout"] == name])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", T5_LAYOUTS)
+def test_every_gradient_of_a_t5_critic_is_the_dense_one(t5_files: Files, name: str) -> None:
+    check_critic(t5_files, [case for case in all_pairs(T5_CRITIC_FACTORS, possible) if case["layout"] == name])
+
+
+def check_student(files: Files, cases: list[Case]) -> None:
+    tensor, pipeline, data, _ = files.layouts[cases[0]["layout"]]
     configs = [files.config(case) for case in cases]
     run_distributed(play, tensor * pipeline * data, files, "student", cases, configs)
     for number, (case, config) in enumerate(zip(cases, configs, strict=True)):
@@ -196,11 +261,8 @@ def test_every_student_gradient_is_the_dense_one(files: Files, name: str) -> Non
         assert_gradients(actual, files.dense(case).student_gradients(config), case)
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_critic_gradient_is_the_dense_one(files: Files, name: str) -> None:
-    cases = [case for case in all_pairs(CRITIC_FACTORS, possible) if case["layout"] == name]
-    tensor, pipeline, data, _ = LAYOUTS[name]
+def check_critic(files: Files, cases: list[Case]) -> None:
+    tensor, pipeline, data, _ = files.layouts[cases[0]["layout"]]
     configs = [files.config(case) for case in cases]
     results = run_distributed(play, tensor * pipeline * data, files, "critic", cases, configs)
     for number, (case, config) in enumerate(zip(cases, configs, strict=True)):
@@ -218,7 +280,9 @@ def test_every_critic_gradient_is_the_dense_one(files: Files, name: str) -> None
 
 def test_cases_cover_all_pairs() -> None:
     """Guards the guard: each setting meets each other one, and the cases stay few."""
-    for factors, most in ((STUDENT_FACTORS, 130), (CRITIC_FACTORS, 80)):
+    for factors, most in (
+        (STUDENT_FACTORS, 130), (CRITIC_FACTORS, 80), (T5_STUDENT_FACTORS, 40), (T5_CRITIC_FACTORS, 30)
+    ):  # fmt: skip
         cases = all_pairs(factors, possible)
         assert possible_meetings(factors, possible) <= set().union(*map(meetings, cases))
         assert len(cases) <= most
