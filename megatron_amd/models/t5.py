@@ -204,9 +204,10 @@ class EncoderDecoderLM(LanguageModule):
         """Add up the gradients of the stages' copies of the position biases. Collective over the pipeline."""
         any_gradient: Tensor = next(self.parameters()).main_grad  # type: ignore[attr-defined]
         shape = (self._buckets, self.config.num_attention_heads // self.tp_group.size())
-        for bias in (self.encoder_bias, self.decoder_bias):
+        biases: tuple[RelativeBias | None, ...] = (self.encoder_bias, self.decoder_bias)
+        for bias in biases:
             none = any_gradient.new_zeros(shape)
-            dist.all_reduce(none if bias is None else bias.weight.main_grad, group=self.pp_group)
+            dist.all_reduce(none if bias is None else bias.weight.main_grad, group=self.pp_group)  # type: ignore[attr-defined]
 
     def head_weight(self) -> Tensor:
         """[V_local, H] rows of the LM head (last stage)."""
