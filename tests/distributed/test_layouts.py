@@ -16,13 +16,14 @@ from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import build_layout
 from megatron_amd.training.setup import set_up
 from tests.distributed.runner import run_distributed
-from tests.tiny_run import PROMPTS, STUDENT, make_files, read_metrics, save_model, write_config
+from tests.tiny_run import PROMPTS, STUDENT, T5_STUDENT, T5_TEACHER, make_files, read_metrics, save_model, write_config
 
 # (TP, PP, DP) and further settings
 LAYOUTS: dict[str, tuple[int, int, int, tuple[str, ...]]] = {
     "tp2": (2, 1, 1, ()),
     "pp2": (1, 2, 1, ()),
     "dp2": (1, 1, 2, ()),
+    "pp3": (1, 3, 1, ()),
     "tp2-pp2": (2, 2, 1, ()),
     "tp2-dp2": (2, 1, 2, ()),
     "tp2-sp": (2, 1, 1, ("parallel.sequence_parallel=true",)),
@@ -62,12 +63,24 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "rollout.reuse.mode=adaptive", "rollout.reuse.initial_probability=0.7", "rollout.reuse.capacity=4",
         "evaluation.prompts=5", "evaluation.interval=1",
     ),
+    "t5": (
+        "warmup.steps=1", "warmup.name=sft", "rollout.off_policy=teacher", "critic.features=own",
+        "critic.trunk=student", "data.tokenizer={}/teacher", "teacher.path={}/t5-teacher",
+        "student.path={}/t5-student", "evaluation.prompts=5", "rollout.samples_per_prompt=2",
+    ),
+    "t5 pair": (
+        "data.tokenizer={}/teacher", "teacher.path={}/t5-teacher", "student.path={}/t5-tied",
+        "rollout.teacher_share=0.3", "objective.policy_gradient=per_step", "rollout.reuse.mode=steps",
+        "training.micro_batch_size=3",
+    ),
 }  # fmt: skip
 """Settings with which a run takes other ways through the trainer; `{}` is the folder of its files."""
 FEW = ("tp2-sp", "pp2", "dp2")
 PLAYED = [
-    *(("pair", name) for name in LAYOUTS),
+    *(("pair", name) for name in LAYOUTS if name != "pp3"),
     *(("own", name) for name in ("tp2-sp", "pp2-dp2", "micro3-pp2")),
+    *(("t5", name) for name in ("tp2-sp", "pp2", "pp3", "dp2", "tp2-pp2-sp", "pp2-dp2")),
+    *(("t5 pair", name) for name in ("tp2-sp", "pp3")),
     *((variant, name) for variant in ("data", "short", "sampled", "replay", "adaptive") for name in FEW),
 ]
 FLOOR = 1e-6 * 2.0  # times 2 * bound
@@ -107,6 +120,9 @@ def write_files(folder: Path) -> dict[str, Any]:
     rows = json.loads((folder / "student" / "config.json").read_text())["vocab_size"]
     save_model(folder / "tied", {**STUDENT, "tie_word_embeddings": True}, rows, seed=5)
     save_model(folder / "trunk", {**STUDENT, "hidden_size": 16, "tie_word_embeddings": True}, rows - 3, seed=6)
+    save_model(folder / "t5-teacher", T5_TEACHER, rows - 3, seed=7)
+    save_model(folder / "t5-student", T5_STUDENT, rows - 3, seed=8)
+    save_model(folder / "t5-tied", {**T5_STUDENT, "tie_word_embeddings": True}, rows, seed=9)
     answers = [{"prompt": prompt, "response": prompt if i % 3 else "x"} for i, prompt in enumerate(PROMPTS)]
     (folder / "unequal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
     return settings
@@ -166,9 +182,9 @@ def check_covered(variant: str, metrics: list[dict[str, Any]], evaluations: list
             if "rollout/staleness" not in row:  # with weight 1, whatever beta is
                 assert row["student/loss"] == pytest.approx(row["amm/d_mm_trained_off"], rel=1e-5)
         return
-    phases = {"pair": [], "own": [], "sampled": ["warmup", "critic", "critic"]}.get(variant, ["warmup"])
+    phases = {"pair": [], "own": [], "t5 pair": [], "sampled": ["warmup", "critic", "critic"]}.get(variant, ["warmup"])
     assert [row["phase"] for row in trained] == [*phases, "main", "main", "main"]
-    if variant in ("pair", "own"):
+    if variant in ("pair", "own", "t5 pair"):
         return
     assert [entry["prompts"] for entry in evaluations] == [5] * (4 if variant == "data" else 2)
     assert all(len(entry["samples"]) == 3 for entry in evaluations)
@@ -176,7 +192,7 @@ def check_covered(variant: str, metrics: list[dict[str, Any]], evaluations: list
         assert all(0 < row["rollout/eos_fraction_off"] < 1 for row in trained[1:]), "some are short, some are cut"
     elif variant == "short":
         assert all(row["rollout/response_length_on"] == 1 for row in trained[1:])
-    else:
+    elif variant == "sampled":
         waiting = {row["train/waiting"] for row in trained[-3:]}
         assert waiting == {0, 1}, [row["amm/tightness_on"] for row in trained[-3:]]
 
