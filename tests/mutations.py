@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 UNIT = ("tests/unit/test_objectives.py", "tests/unit/test_objectives_oracles.py")
 SHARDS = ("tests/distributed/test_objectives.py",)
 STEPS = ("tests/distributed/test_step_gradients.py",)
+REPLAY = ("tests/distributed/test_replay.py",)
 
 
 class Fault(NamedTuple):
@@ -219,6 +220,48 @@ FAULTS = (
         "            dist.all_reduce(output, group=self.group)",
         "            pass",
         ("tests/distributed/test_generate.py",),
+    ),
+    Fault(
+        "the same draw from the buffer in every iteration",
+        "rollout/replay.py",
+        'self._random(turn.iteration, f"draw {on_policy}"',
+        'self._random(0, f"draw {on_policy}"',
+        REPLAY,
+    ),
+    Fault(
+        "both kinds of sequences drawn alike",
+        "rollout/replay.py",
+        'self._random(turn.iteration, f"draw {on_policy}"',
+        'self._random(turn.iteration, "draw"',
+        REPLAY,
+    ),
+    Fault(
+        "a distance held against the best instead of the last",
+        "rollout/replay.py",
+        "        self._distance = distance\n",
+        "        self._distance = min(distance, self._distance or distance)\n",
+        REPLAY,
+    ),
+    Fault(
+        "the last distance forgotten by a resume",
+        "rollout/replay.py",
+        'self.probability, self._distance = state["probability"], state["distance"]',
+        'self.probability = state["probability"]',
+        REPLAY,
+    ),
+    Fault(
+        "a buffer that is taken for full too early",
+        "rollout/replay.py",
+        "few = any(len(self._memories[kind]) < settings.capacity for kind in kinds)",
+        "few = any(len(self._memories[kind]) < self._needed[kind] for kind in kinds)",
+        REPLAY,
+    ),
+    Fault(
+        "ids of the next shard drawn",
+        "rollout/sampling.py",
+        "    real = min(max(vocab_size - shard_start, 0), size)\n",
+        "    real = max(vocab_size - shard_start, 0)\n",
+        ("tests/distributed/test_sampling.py",),
     ),
     Fault(
         "head gradient of its first rows alone",

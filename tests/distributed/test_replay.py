@@ -122,10 +122,10 @@ def adaptive() -> None:
     for distance in (2.0, 1.9, 2.0, 1.9, 2.0):  # twice more, though never above the worst or below the best
         game.replay.heed(distance)
     assert game.replay.probability == pytest.approx(0.5)
-    again = Game(mode="adaptive", capacity=8)
-    again.replay.load_state_dict(json.loads(json.dumps(game.replay.state_dict())))
-    again.replay.heed(2.1)
-    assert again.replay.probability == pytest.approx(0.6), "the distance before the interruption counts"
+    again = Replay(ReuseConfig(mode="adaptive", capacity=8), 5, game.layout, NEEDED)
+    again.load_state_dict(json.loads(json.dumps(game.replay.state_dict())))
+    again.heed(2.1)
+    assert again.probability == pytest.approx(0.6), "the distance before the interruption counts"
     halfway = [game.play(progress=0.5) for _ in range(400)]
     assert sum(student for _, student, _, _ in halfway) == pytest.approx(200, abs=30)
     assert sum(fresh for fresh, *_ in halfway) == pytest.approx(100, abs=27)

@@ -346,7 +346,7 @@ def test_training_refuses_files_that_are_not_its_own_before_it_allocates(referen
     student = {**settings, "run": {"directory": str(folder / "run"), "seed": 7}}
     cases: list[tuple[list[str], str | None, str | None]] = [
         ([], None, None),
-        (["rollout.responses=/none"], "rollout.responses: /none: has no header.json; give a folder that", None),
+        (["rollout.responses=/none"], "rollout.responses: /none: does not exist; give a folder that", None),
         ([f"rollout.responses={incomplete}"], f"rollout.responses: {incomplete}: has 3 of 4 shards; run tools", None),
         (
             [f"rollout.responses={damaged}"],
@@ -400,9 +400,12 @@ ARCHITECTURE = {
     [
         (
             ["rollout.temperature=0.5"],
-            "{0}: holds responses of other settings (sampling.temperature 1.0 -> 0.5); choose",
+            "{0}: holds responses of other settings (sampling.temperature 1.0 -> 0.5); use those, or choose",
         ),
-        (["--shard-size", "2"], "{0}: holds responses of other settings (shard_size 3 -> 2); choose another --output"),
+        (
+            ["--shard-size", "2"],
+            "{0}: holds responses of other settings (shard_size 3 -> 2); use those, or choose another --output",
+        ),
         (["run.seed=8", "--role", "student"], "{0}: holds responses of other settings (model.hash "),
         (["--output", "/dev/null/out"], "/dev/null/out: cannot be written (Not a directory); choose another --output"),
         (["--output", "{1}"], "{1}: holds out and no header.json; choose an empty folder for --output"),

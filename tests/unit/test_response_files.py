@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,9 @@ def make_folder(folder: Path, header: Header = HEADER_OF_THREE) -> Path:
     return folder
 
 
-def read(folder: Path, **changes: Any) -> ResponseFiles:
+def read(folder: Path, rows: Sequence[int] = ROWS, **changes: Any) -> ResponseFiles:
     expected = {"fingerprint": "3" * 32, "tokenizer_hash": "2" * 64, "vocab_size": VOCAB, **changes}
-    return open_response_files(folder, ROWS, setting="rollout.responses", **expected)
+    return open_response_files(folder, rows, setting="rollout.responses", **expected)
 
 
 def error_of(call: Callable[[], Any]) -> str:
@@ -211,7 +211,7 @@ def test_lines_hold_any_text(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     prepare_folder(folder, header)
     _publish(folder / header.file_name(0), "".join(lines))
-    files = read(folder, vocab_size=tokenizer.vocab_size)
+    files = read(folder, ROWS[:1], vocab_size=tokenizer.vocab_size)
     assert [files.tokens(0, visit) for visit in (0, 1)] == [ended, cut]
     first, second = map(json.loads, lines)
     assert (first["prompt"], first["response"], first["ended"], second["ended"]) == (text, text, True, False)
