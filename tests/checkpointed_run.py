@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_amd.batch import MicroBatch, Rollouts, make_microbatches
+from megatron_amd.batch import MicroBatch, Rollouts, make_encoder_decoder_microbatches, make_microbatches
 from megatron_amd.checkpoint import store
 from megatron_amd.config import Config, CriticConfig, ModelConfig, OptimConfig, ParallelConfig, TrainingConfig
 from megatron_amd.distributed.initialize import set_seeds
@@ -18,6 +18,7 @@ from megatron_amd.distributed.layout import Layout, build_layout
 from megatron_amd.distributed.schedule import backward_without_trunk, forward_backward
 from megatron_amd.models.critic import HeadCritic
 from megatron_amd.models.roles import build_critic, build_model, plan_models
+from megatron_amd.models.t5 import EncoderDecoderLM
 from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
 
 # isort: split
@@ -29,8 +30,15 @@ LLAMA = {
 }  # fmt: skip
 
 
+T5 = {
+    "model_type": "t5", "vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2,
+    "num_decoder_layers": 1, "num_heads": 4,
+}  # fmt: skip
+
+
 def make_config(
     *,
+    family: str = "llama",
     tied: bool = True,
     precision: Any = "fp32",
     features: Any = "pair",
@@ -39,7 +47,8 @@ def make_config(
     pipeline: int = 1,
 ) -> Config:
     """The settings of a run whose student and critic train, with learning rates that change from step to step."""
-    model = ModelConfig(architecture={**LLAMA, "tie_word_embeddings": tied, "hidden_size": hidden_size})
+    sizes = {**T5, "d_model": hidden_size} if family == "t5" else {**LLAMA, "hidden_size": hidden_size}
+    model = ModelConfig(architecture={**sizes, "tie_word_embeddings": tied})
     optim = OptimConfig(learning_rate=1e-2, warmup_steps=2, decay="cosine")
     return Config(
         student=model,
@@ -79,8 +88,13 @@ class TinyRun:
         tokens = torch.randint(0, 300, (4, 6))
         states = torch.randn(4, 32).to(next(self.student.model.parameters()).dtype)
         rollouts = Rollouts(tokens, torch.tensor([2, 1, 3, 2]), torch.tensor([6, 5, 6, 4]))
-        batches = make_microbatches(rollouts, on_policy=False, size=2, width=6)
         student = self.student.model.module
+        if isinstance(student, EncoderDecoderLM):
+            batches = make_encoder_decoder_microbatches(
+                rollouts, on_policy=False, size=2, prompt_width=3, response_width=5, start_id=student.decoder_start_id
+            )
+        else:
+            batches = make_microbatches(rollouts, on_policy=False, size=2, width=6)
         records = [self._move(self.student, batches, lambda hidden: self._loss(hidden, [student.head_weight()]))]
         if self.critic is not None:
             critic = self.critic.model.module

@@ -95,7 +95,12 @@ def _flash_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Keeps query, key, value, output and one number a row for the backward pass."""
+    """Keeps query, key, value, output and one number a row for the backward pass.
+
+    With a bias that is trained (T5) the scores are kept as well: so it is on a CPU; a GPU's kernels keep fewer.
+    """
+    if attn_mask is not None and attn_mask.requires_grad:
+        return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return attend(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
 

@@ -17,7 +17,7 @@ from megatron_amd.checkpoint.hf import export_hf, load_hf_weights, read_head
 from megatron_amd.config import ParallelConfig
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
-from megatron_amd.models.critic import TrunkCritic
+from megatron_amd.models.critic import CausalCritic
 from megatron_amd.models.gpt import CausalLM, build_gpt
 from tests.distributed.runner import run_distributed
 from tests.hf_models import (
@@ -108,9 +108,9 @@ def load_critic(folder: Path) -> None:
     lm, architecture, layout = build_megatron(folder, ParallelConfig())
     load_hf_weights(lm, folder, architecture)
     untied = replace(architecture, tied=False)
-    critic = build_gpt(untied, lm.config, layout, "local", PADDED_VOCAB, model_class=TrunkCritic)
+    critic = build_gpt(untied, lm.config, layout, "local", PADDED_VOCAB, model_class=CausalCritic)
     load_hf_weights(critic, folder, architecture)
-    assert isinstance(critic, TrunkCritic)
+    assert isinstance(critic, CausalCritic)
     for on_policy in (False, True):
         assert torch.equal(critic.head_weights(on_policy)["own"], lm.head_weight())
     assert torch.equal(critic(random_tokens()), lm(random_tokens()))

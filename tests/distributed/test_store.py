@@ -31,6 +31,9 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "dp2": (1, 1, 2, {}),
     "dp2-bf16-own": (1, 1, 2, {"precision": "bf16", "features": "own"}),
     "tp2-pp2-bf16": (2, 2, 1, {"precision": "bf16"}),
+    "pp3-t5-own": (1, 3, 1, {"family": "t5", "features": "own", "tied": False}),
+    "tp2-dp2-t5": (2, 1, 2, {"family": "t5"}),
+    "pp2-dp2-t5-bf16": (1, 2, 2, {"family": "t5", "precision": "bf16"}),
 }
 
 
@@ -217,21 +220,22 @@ def test_another_layout_is_refused_by_name(tmp_path: Path) -> None:
     assert "tensor 1 x pipeline 1 x data 2" in messages[0]
 
 
-def test_weights_load_into_another_layout(tmp_path: Path) -> None:
-    """Without the optimizer, a checkpoint of 2 x 2 ranks is the same model on one rank."""
+@pytest.mark.parametrize(("family", "pipeline"), [("llama", 2), ("t5", 3)])
+def test_weights_load_into_another_layout(tmp_path: Path, family: str, pipeline: int) -> None:
+    """Without the optimizer, a checkpoint of several tensor ranks and stages is the same model on one rank."""
 
     def train_and_export() -> None:
-        run = TinyRun(make_config(tensor=2, pipeline=2, tied=False), critic=False)
+        run = TinyRun(make_config(family=family, tensor=2, pipeline=pipeline, tied=False), critic=False)
         run.train(2)
         run.save(tmp_path / "checkpoints", 2)
         export_hf(run.student.model, tmp_path / "expected", run.plan.student, run.layout)
 
     def load_and_export() -> None:
-        run = TinyRun(make_config(tied=False), critic=False)
+        run = TinyRun(make_config(family=family, tied=False), critic=False)
         store.load_weights(tmp_path / "checkpoints" / "step-00000002", "student", run.student.model, run.layout)
         export_hf(run.student.model, tmp_path / "found", run.plan.student, run.layout)
 
-    run_distributed(train_and_export, 4)
+    run_distributed(train_and_export, 2 * pipeline)
     run_distributed(load_and_export, 1)
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "found" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()

@@ -212,8 +212,8 @@ def test_errors_of_a_folder(tmp_path: Path) -> None:
     assert error_of(str(tmp_path)).startswith(f"{config}: is not valid JSON: ")
     config.write_text("[1]")
     assert error_of(str(tmp_path)) == f"{config}: must hold a JSON object, not list"
-    config.write_text(json.dumps({"model_type": "t5"}))
-    assert error_of(str(tmp_path)).startswith(f"{config}: model_type 't5' is not supported")
+    config.write_text(json.dumps({"model_type": "bloom"}))
+    assert error_of(str(tmp_path)).startswith(f"{config}: model_type 'bloom' is not supported")
 
 
 def test_a_hub_name_without_a_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

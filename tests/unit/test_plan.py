@@ -32,6 +32,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "gpt2", "vocab_size": 300, "n_embd": 64, "n_head": 4, "n_layer": 4, "n_positions": 2048,
     },
 }  # fmt: skip
+T5 = {
+    "model_type": "t5", "vocab_size": 300, "d_model": 64, "d_kv": 12, "d_ff": 96, "num_layers": 2,
+    "num_decoder_layers": 3, "num_heads": 4, "tie_word_embeddings": False, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
 STUDENT = {**LLAMA, "hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": True}
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 
@@ -149,6 +153,26 @@ def test_parameters_of_critics(tensor: int, pipeline: int):
     assert count == plan.models.critic_trunk.count_parameters(rows) + rows * 32
     assert critic("teacher")[0] == 2 * rows * 64
     assert critic("pair")[0] == 2 * rows * (64 + 32)
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [*LAYOUTS, (1, 3), (2, 5)])
+@pytest.mark.parametrize("features", ["own", "pair"])
+def test_parameters_of_t5(tensor: int, pipeline: int, features: str):
+    models: dict[str, Any] = {
+        "teacher": {"architecture": T5},
+        "student": {"architecture": {**T5, "d_model": 32, "num_decoder_layers": 5, "tie_word_embeddings": True}},
+    }
+    plan = plan_run(make_config(tensor, pipeline, **models, critic={"features": features}), None)
+    rows = plan.models.padded_vocab_size
+    teacher, student = (model.count_parameters(rows) for model in (plan.models.teacher, plan.models.student))
+    assert whole_parameters(plan, "teacher") == teacher
+    assert whole_parameters(plan, "student") == student
+    assert whole_parameters(plan, "critic") == (student + 2 * rows * 32 if features == "own" else 2 * rows * (64 + 32))
+    layers = [stage.roles["teacher"].layers for stage in plan.stages]
+    assert layers[0] is not None
+    assert layers[-1] is not None
+    assert (layers[0][0], layers[-1][1]) == (0, 4)
+    assert "teacher" in describe(plan)
 
 
 def test_layers_of_stages():
@@ -342,7 +366,7 @@ def test_under_torchrun_the_world_is_torchruns(monkeypatch: pytest.MonkeyPatch):
         ({"student": {"architecture": STUDENT, "transformer": {"nonsense": 1}}}, None, "student.transformer.nonsense"),
         ({"training": {"precision": "fp8", "fp8": {"nonsense": 1}}}, None, "training.fp8.nonsense"),
         ({"teacher": {"path": "/no/such/folder"}}, None, "teacher.path: there is no folder"),
-        ({"teacher": {"architecture": {"model_type": "t5"}}}, None, "model_type 't5' is not supported"),
+        ({"teacher": {"architecture": {"model_type": "bloom"}}}, None, "model_type 'bloom' is not supported"),
     ],
     ids=lambda value: str(value)[:40],
 )
