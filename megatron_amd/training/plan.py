@@ -208,7 +208,7 @@ def _family(config: Config, role: str, trunk: Architecture | None) -> str:
 
 def _sizes(trunk: Architecture) -> list[str]:
     return [
-        f"{trunk.num_layers}",
+        f"{trunk.encoder_layers} + {trunk.num_layers}" if trunk.has_encoder else f"{trunk.num_layers}",
         f"{trunk.hidden_size:,}",
         f"{trunk.ffn_hidden_size:,}",
         f"{trunk.num_attention_heads}",

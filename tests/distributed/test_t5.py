@@ -27,7 +27,7 @@ PROMPTS = [[5, 9, 3], [7], [8, 8, 2, 41, 17, 6, 30, 12, 4], [11, 22, 33, 44, 1],
 RESPONSES = [[4, 8], [12, 40, 6, 9, 3, 1, 7, 5, 5, 19, 2], [1], [20, 21, 22], [13], [9, 10, 11, 12, 24]]
 SCALED = (".wo.weight", ".wi.weight", ".wi_0.weight", ".wi_1.weight")
 EOS = (3, 17, 31)
-LONGEST = 40
+LONGEST = 24
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def generate_ours(folders: dict[str, Path], batch_size: int, *sizes: Any) -> dic
             "max_response_length": LONGEST, "batch_size": batch_size, "pass_tokens": 24,
         }  # fmt: skip
         greedy = generate(model, prompts(), temperature=0, **settings).responses() if "sharp" in kind else None
-        sampled = generate(model, prompts(), samples_per_prompt=3, **settings)
+        sampled = generate(model, prompts(), samples_per_prompt=2, **settings)
         assert sampled.log_probs is not None
         longest = int((sampled.lengths - sampled.prompt_lengths).max())
         [microbatch] = make_encoder_decoder_microbatches(
@@ -208,12 +208,12 @@ def test_the_case_is_not_trivial(sharp: Any, one_process: dict[str, Any]) -> Non
         assert len({token for response in responses for token in response}) > 6, kind
     for kind, (_, sampled, _) in one_process.items():
         assert len(set(map(len, sampled))) > 4, kind
-        assert len(set(map(tuple, sampled))) > 12, kind
+        assert len(set(map(tuple, sampled))) > 9, kind
 
 
 @pytest.mark.parametrize(
     ("tensor", "pipeline", "sequence", "batch_size"),
-    [(*layout, 3) for layout in LAYOUTS] + [(1, 1, False, 1), (1, 3, False, 1), (2, 1, True, 64), (1, 3, False, 64)],
+    [(1, 1, False, 3), (2, 1, True, 3), (1, 2, False, 3), (1, 3, False, 1), (2, 2, True, 64)],
 )
 def test_generation(
     folders: dict[str, Path],

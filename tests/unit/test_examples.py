@@ -1,12 +1,17 @@
 """The examples stay true: every YAML file is a valid run, every script is valid shell that names existing files."""
 
+import importlib
+import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_amd.config import load_config
+from tests.hub_configs import SMOLLM2, write_hub_cache
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
@@ -57,3 +62,76 @@ def test_find_python_names_what_is_missing(tmp_path: Path):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "no Python 3.11, 3.12 with the venv module was found" in done.stderr
+
+
+PLANNED = {
+    "examples/demo/demo.yaml": 2,
+    "examples/gpt/gpt2_dolly.yaml": 8,
+    "examples/gpt/llama70b_amm.yaml": 32,
+    "examples/gpt/llama_amm.yaml": 8,
+    "examples/gpt/openllama_dolly.yaml": 8,
+    "examples/gpt/qwen2_amm.yaml": 16,
+    "examples/multi30k/student.yaml": 2,
+    "examples/multi30k/teacher.yaml": 2,
+    "examples/t5/iwslt17.yaml": 8,
+    "examples/t5/samsum.yaml": 8,
+    "examples/t5/strategyqa.yaml": 8,
+}
+"""Ranks of each example, as its first lines say."""
+
+
+@pytest.fixture(scope="module")
+def hub_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("hub")
+    write_hub_cache(cache)
+    return cache
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_every_config_is_planned_and_fits(path: Path, hub_cache: Path, tmp_path: Path):
+    """`--dry-run` with the models' real sizes: in the memory of an 80 GB GPU, or of a laptop for what runs there."""
+    ranks = PLANNED[name(path)]
+    overrides = []
+    if "demo" in path.parts:  # its model is not on the hub in this form
+        for role in ("teacher", "student"):
+            overrides.append(f"{role}.path={tmp_path}")
+        (tmp_path / "config.json").write_text(json.dumps(SMOLLM2))
+    if path.name == "student.yaml":
+        teacher = load_config(path.with_name("teacher.yaml")).teacher.architecture
+        (tmp_path / "config.json").write_text(json.dumps(teacher))
+        overrides.append(f"teacher.path={tmp_path}")
+    command = [sys.executable, "-m", "megatron_amd.train", "--config", str(path), "--dry-run", f"--world-size={ranks}"]
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, *overrides], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    peaks = [float(value) for value in re.findall(r"GiB at the peak((?: +[\d.]+)+)", done.stdout)[-1].split()]
+    assert max(peaks) < (8 if ranks == 2 else 74)
+
+
+def test_task_data_becomes_prompts_and_responses(tmp_path: Path):
+    sys.path.insert(0, str(ROOT / "examples/t5"))
+    try:
+        prepare = importlib.import_module("prepare")
+    finally:
+        sys.path.pop(0)
+        sys.modules.pop("prepare", None)
+    rows = {
+        "samsum": {"dialogue": "A: hi", "summary": "A greets."},
+        "iwslt17": {"translation": {"en": "Thanks.", "de": "Danke."}},
+        "strategyqa": {"question": "Is it?", "answer": True, "facts": "It is."},
+    }
+    expected = {
+        "samsum": {"prompt": "summarize: A: hi", "response": "A greets."},
+        "iwslt17": {"prompt": "translate English to German: Thanks.", "response": "Danke."},
+        "strategyqa": {"prompt": "question: Is it?", "response": "It is. So the answer is yes."},
+    }
+    for name, row in rows.items():
+        task = prepare.TASKS[name]._replace(held_out=1)
+        empty = {**row, **({"summary": " "} if name == "samsum" else {})}
+        prepare.write({"train": [row, empty, row]}, task, tmp_path / name)
+        lines = [json.loads(line) for line in (tmp_path / name / "train.jsonl").open()]
+        assert lines == [expected[name]] * (1 if name == "samsum" else 2)
+        assert [json.loads(line) for line in (tmp_path / name / "validation.jsonl").open()] == [expected[name]]
