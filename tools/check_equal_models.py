@@ -157,7 +157,7 @@ def run(config: Config, tokenizer_source: str, num_prompts: int) -> int:
     with agreed():
         tokenizer = load_tokenizer(tokenizer_source)
         plan = plan_models(config, tokenizer.vocab_size)
-        prompts = read_prompts(config, tokenizer, layout, num_prompts)
+        prompts = read_prompts(config, tokenizer, layout, num_prompts, end_prompts=plan.student.has_encoder)
     players = build_equal_players(config, plan, layout)
     rollouts = {
         OFF: off_policy_responses(players, prompts, tokenizer.eos_ids),
@@ -180,10 +180,10 @@ def run(config: Config, tokenizer_source: str, num_prompts: int) -> int:
     return 1 if failed else 0
 
 
-def read_prompts(config: Config, tokenizer: Tokenizer, layout: Layout, count: int) -> Prompts:
+def read_prompts(config: Config, tokenizer: Tokenizer, layout: Layout, count: int, *, end_prompts: bool) -> Prompts:
     """This replica's share of the data's first prompts, or of `TEXTS` where there is no data. Raises InputError."""
     if config.data.train is not None:
-        rows = load_rows(config.data, "train", tokenizer, responses=False, count=count)
+        rows = load_rows(config.data, "train", tokenizer, responses=False, count=count, end_prompts=end_prompts)
         count = min(count, len(rows))
     if count < layout.dp_size:
         raise InputError(f"--prompts: {count} cannot be shared by {layout.dp_size} data-parallel ranks; use more")
@@ -191,10 +191,11 @@ def read_prompts(config: Config, tokenizer: Tokenizer, layout: Layout, count: in
         return first_prompts(rows, count, dp_rank=layout.dp_rank, dp_size=layout.dp_size)
     template = make_template(config.data, tokenizer)
     mine = range(count * layout.dp_rank // layout.dp_size, count * (layout.dp_rank + 1) // layout.dp_size)
+    end = [tokenizer.eos_id] if end_prompts else []
     return Prompts(
         ids=tuple(mine),
         visits=(0,) * len(mine),
-        tokens=tuple(tuple(template.encode(TEXTS[index % len(TEXTS)])) for index in mine),
+        tokens=tuple((*template.encode(TEXTS[index % len(TEXTS)]), *end) for index in mine),
     )
 
 

@@ -10,11 +10,13 @@ Shapes: b rows, sq query and sk key positions, np query heads and ng key-value h
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_amd import distributed  # noqa: F401  (before megatron.core: prepares torch and keeps imports quiet)
 
@@ -112,13 +114,18 @@ class CoreAttention(MegatronModule):
             return self.attend_cached(grouped, pairs, attention_bias).unsqueeze(1)
         # Heads before positions: [b, np, sq, hn] and [b, ng, sk, hn].
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        trained_bias = attention_bias is not None
         causal = (attn_mask_type or self.attn_mask_type) in _CAUSAL
         if not causal and attention_mask is not None:
             attention_bias = forbid(attention_mask, attention_bias, query.dtype)
         if causal and attention_bias is not None:
             future = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
             attention_bias, causal = forbid(future, attention_bias, query.dtype), False
-        context = self._attend(query, key, value, attention_bias, causal)
+        # A CPU has one kernel that trains a bias and a faster one that does not: passes with and without gradients take
+        # the same, so that two equal models have equal states.
+        only = sdpa_kernel(SDPBackend.MATH) if trained_bias and not query.is_cuda else nullcontext()
+        with only:
+            context = self._attend(query, key, value, attention_bias, causal)
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def attend_cached(self, query: Tensor, pairs: Tensor, bias: Tensor | None = None) -> Tensor:

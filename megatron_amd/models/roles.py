@@ -152,6 +152,11 @@ def role_transformer_config(role: str, config: Config, plan: ModelPlan, layout: 
         "critic": (plan.critic_trunk or plan.student, config.critic.model.transformer if plan.critic_trunk else {}),
     }
     architecture, extra = choices[role]
+    if architecture.has_encoder and extra.get("recompute_granularity"):
+        raise InputError(
+            f"{role}.transformer.recompute_granularity: is not supported for {architecture.family}: its position "
+            "biases would lose their gradients; leave it out"
+        )
     return transformer_config(architecture, config.training, layout, extra, role)
 
 
