@@ -71,7 +71,7 @@ class ModelConfig:
 
     path: str | None = None
     """Folder or hub name with `config.json`, safetensors and tokenizer files. Families: Llama, Mistral, Qwen2,
-    GPT-2. No code from the folder is run."""
+    GPT-2, T5, mT5. No code from the folder is run."""
     architecture: dict[str, Any] | None = None
     """Instead of `path`: the contents of a Hugging Face `config.json`, for a model trained from scratch."""
     init: InitConfig = field(default_factory=InitConfig)
