@@ -111,6 +111,26 @@ def test_an_exported_folder_loads_in_transformers(folders: dict[str, Path], tmp_
             assert torch.equal(found, expected), kind
 
 
+def load_cut(folder: Path, exported: Path) -> None:
+    model, architecture, layout = build_megatron(folder, parallel(2, 2, False), layers=(2, 0))
+    load_hf_weights(model, folder, architecture, layers=(2, 0))
+    export_hf(model, exported, architecture, layout)
+
+
+def test_a_cut_keeps_the_chosen_layers_of_both_stacks(folders: dict[str, Path], tmp_path: Path) -> None:
+    run_distributed(load_cut, 4, folders["t5-1.1"], tmp_path / "cut")
+    whole, cut = state_dict(folders["t5-1.1"]), state_dict(tmp_path / "cut")
+    bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    for stack in ("encoder", "decoder"):
+        assert torch.equal(cut[f"{stack}.{bias}"], whole[f"{stack}.{bias}"]), "the table of all layers"
+        for place, source in enumerate((2, 0)):
+            for name in ("layer.0.SelfAttention.k.weight", "layer.1.layer_norm.weight"):
+                assert torch.equal(cut[f"{stack}.block.{place}.{name}"], whole[f"{stack}.block.{source}.{name}"])
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "cut")
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (2, 2)
+    assert len(cut) == len(model.state_dict()) - 2  # without the embedding's two other names
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_buckets_are_those_of_transformers(bidirectional: bool) -> None:
     from transformers.models.t5.modeling_t5 import T5Attention
@@ -169,6 +189,7 @@ def generate_ours(folders: dict[str, Path], batch_size: int, *sizes: Any) -> dic
         settings: dict[str, Any] = {
             "layout": layout, "vocab_size": architecture.vocab_size, "eos_ids": EOS, "seed": 7,
             "max_response_length": LONGEST, "batch_size": batch_size, "pass_tokens": 24,
+            "look_interval": 5 if batch_size == 64 else None,
         }  # fmt: skip
         greedy = generate(model, prompts(), temperature=0, **settings).responses() if "sharp" in kind else None
         sampled = generate(model, prompts(), samples_per_prompt=2, **settings)
