@@ -204,7 +204,8 @@ def _check_reuse(config: Any) -> None:
         )
     if reuse.mode == "adaptive" and not (config.evaluation.prompts and config.evaluation.interval):
         raise InputError(
-            "rollout.reuse.mode: adaptive follows the held-out distance; set evaluation.prompts and evaluation.interval"
+            "rollout.reuse.mode: adaptive follows the held-out distance and alternates with fixed sequences; set "
+            "evaluation.prompts, evaluation.interval and rollout.off_policy: data or file"
         )
     if reuse.mode == "adaptive" and config.objective.beta == 1:
         raise InputError(

@@ -106,7 +106,8 @@ def build_section(
     try:
         return dataclasses.replace(base, **values)
     except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+        origin = "command line" if any(name in str(error) for name in overridden) else source
+        raise InputError(f"{origin}: {error}") from None
 
 
 def _nearest(key: str, known: list[str], where: str) -> str:
@@ -154,7 +155,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             return float(value)
     elif hint is str and isinstance(value, str):
         return value
-    cure = f"; write [{json.dumps(value)}]" if origin is tuple and args[0] is str and isinstance(value, str) else ""
+    cure = ""
+    if origin is tuple and args[0] is str:  # YAML takes what follows a bare # for a comment
+        cure = f"; write [{json.dumps(value)}]" if isinstance(value, str) else '; write a list such as ["###"]'
     raise InputError(f"{name}: must be {type_name(hint)}, not {value!r}{cure}")
 
 

@@ -123,7 +123,9 @@ def _generate(run: Config, options: argparse.Namespace) -> int:
             box = list(prepare_folder(folder, header, options.shard_size))
     dist.broadcast_object_list(box)  # one look at the folder for all
     header, shards = box
-    if len(shards) < header.shards:
+    if not shards:
+        say(f"{folder}: all {header.shards} shards are there, nothing to do")
+    elif len(shards) < header.shards:
         say(f"{folder}: {header.shards - len(shards)} of {header.shards} shards are there already")
     if not shards:
         return 0

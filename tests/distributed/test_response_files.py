@@ -178,7 +178,7 @@ def test_what_is_missing_is_written_after_an_interruption(reference: Reference, 
     assert same_files(output, reference.output)
     assert (output / SHARDS[0]).stat().st_mtime_ns == kept.st_mtime_ns
     [ended] = run_tool(reference.folder, output)
-    assert ended == Ended(0, f"{output}: 4 of 4 shards are there already\n", "")
+    assert ended == Ended(0, f"{output}: all 4 shards are there, nothing to do\n", "")
 
 
 def test_the_student_responds_with_its_own_noise_and_the_runs_tokenizer(reference: Reference, tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ def test_wrong_types_say_what_is_wanted(override, message):
         ([*REUSE, "rollout.reuse.capacity=7"], "rollout.reuse.capacity: 7 does not hold one iteration's 8 sequences"),
         (
             ["objective.policy_gradient=per_step", "rollout.reuse.mode=adaptive"],
-            "adaptive follows the held-out distance; set evaluation.prompts",
+            "adaptive follows the held-out distance and alternates with fixed sequences; set evaluation.prompts",
         ),
         (
             ["objective.beta=1", "rollout.reuse.mode=adaptive", "evaluation.prompts=8", "evaluation.interval=1"],
@@ -421,3 +421,21 @@ def test_describe_fields_covers_every_field_with_its_text_and_default():
     assert rows["training.optim.learning_rate"] == ("number", 1e-5)
     assert rows["student.init.layers"] == ("list of integer or unset", None)
     assert rows["training.optim.adam_betas"] == ("list of 2 number", [0.9, 0.95])
+
+
+def test_what_the_command_line_breaks_is_not_the_files_fault(tmp_path: Path) -> None:
+    """Also where a setting of the one does not go with a setting of the other, or is out of its range."""
+    file = tmp_path / "run.yaml"
+    file.write_text("objective: {beta: 0.5}\n")
+    for override, message in (
+        ("rollout.off_policy=file", "command line: rollout.off_policy: file needs rollout.responses"),
+        ("rollout.top_p=1.5", "command line: rollout.top_p: must be in (0, 1]"),
+        ("rollout.top_p=0.5", "command line: objective.policy_gradient: rao_blackwell is unbiased only"),
+        ("rollout.stop_strings=#", "command line: rollout.stop_strings: must be list of text, not None; write a list"),
+    ):
+        with pytest.raises(InputError) as error:
+            load_config(file, [override])
+        assert str(error.value).startswith(message)
+    file.write_text("rollout: {top_p: 1.5}\n")
+    with pytest.raises(InputError, match=r"run\.yaml: rollout\.top_p: must be in"):
+        load_config(file, ["run.seed=3"])
