@@ -99,11 +99,14 @@ def block_spec(config: TransformerConfig, implementation: Implementation, pp_ran
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm
+        layer, norm = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm
     else:
         layer, norm = get_gpt_layer_local_spec(normalization=config.normalization), SequenceParallelNorm
         layer.submodules.input_layernorm = norm
         layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
     count = get_num_layers_to_build(config, vp_stage=None, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
