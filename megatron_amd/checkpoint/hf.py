@@ -43,6 +43,8 @@ __all__ = [
 
 MAX_SHARD_BYTES = 4 * 2**30
 """Size at which an export begins another file."""
+_PIECE = 2**20
+"""Numbers that are looked at in one piece."""
 
 
 def hf_to_mcore(
@@ -74,8 +76,8 @@ def hf_to_mcore(
             weight = weights[name]
             rows = padded_vocab_size if weight.split == "vocabulary" else sum(part.rows for part in weight.parts)
             parameter = _read_shard(files, weight, 0, 1, rows).to(dtypes[name])
-            _check_shard(files, parameter, name, weight, architecture, 0, 1)
             files.release()
+            _check_shard(files, parameter, weight, architecture, 0, 1)
             bar.update(parameter.nbytes)
             return parameter
 
@@ -150,7 +152,9 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
     try:
         tokens = load_tokenizer(str(folder)).vocab_size
     except InputError as error:
-        raise InputError(str(error).removeprefix("data.tokenizer: ")) from error
+        text = str(error).removeprefix("data.tokenizer: ")
+        advice = "" if ";" in text else "; download or copy the tokenizer's files again, or remove them"
+        raise InputError(f"{text}{advice}") from error
     if tokens > vocab_size:
         raise InputError(
             f"{folder}: its tokenizer has {tokens} tokens, but the embedding only {vocab_size} rows (vocab_size in "
@@ -159,8 +163,12 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite. One sum, where that is finite, as it is of any real weights."""
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    """Whether no number is NaN or infinite. By sums, which are finite where all numbers of real weights are; in
+    pieces, since a sum of bf16 makes a copy in fp32."""
+    for piece in tensor.split(max(1, _PIECE // max(1, tensor[0].numel()))):
+        if not piece.sum(dtype=torch.float32).isfinite() and not piece.isfinite().all():
+            return False
+    return True
 
 
 def _own_weights(architecture: Architecture) -> dict[str, Weight]:
@@ -236,7 +244,7 @@ def load_hf_weights(
             shard = _read_shard(files, weight, rank, size, parameter.shape[0])
             if shard.shape != parameter.shape:
                 raise ValueError(f"parameter {name} is {list(parameter.shape)}, its tensors make {list(shard.shape)}")
-            _check_shard(files, shard, name, weight, architecture, rank, size)
+            _check_shard(files, shard, weight, architecture, rank, size)
             parameter.copy_(shard)
 
 
@@ -336,7 +344,6 @@ def _read_shard(files: WeightFiles, weight: Weight, tp_rank: int, tp_size: int, 
 def _check_shard(
     files: WeightFiles,
     shard: Tensor,
-    name: str,
     weight: Weight,
     architecture: Architecture,
     tp_rank: int,

@@ -101,6 +101,7 @@ class WeightFiles:
             for name in self._file_of
             if name not in known and not re.fullmatch(ignored, name) and not (is_cut and _any_layer(name) in known)
         ]
+        strangers.sort()
         if strangers:
             more = f" and {len(strangers) - 3} others" if len(strangers) > 3 else ""
             raise InputError(

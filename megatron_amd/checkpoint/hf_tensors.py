@@ -232,15 +232,20 @@ def join_shards(shards: list[Tensor], weight: Weight) -> dict[str, Tensor]:
         groups = max(1, weight.groups // len(shards))
         sizes = [part.rows // len(shards) // groups for part in weight.parts]
         split = [shard.unflatten(0, (groups, -1)).split(sizes, dim=1) for shard in shards]
-        wholes = [torch.cat([piece.flatten(0, 1) for piece in pieces]) for pieces in zip(*split, strict=True)]
+        wholes = [_cat([piece.flatten(0, 1) for piece in pieces]) for pieces in zip(*split, strict=True)]
     elif weight.split == "columns":
-        wholes = [torch.cat(shards, dim=1)]
+        wholes = [_cat(shards, dim=1)]
     elif weight.split == "vocabulary":
-        wholes = [torch.cat(shards)[: weight.parts[0].rows]]
+        wholes = [_cat(shards)[: weight.parts[0].rows]]
     else:
         wholes = [shards[0]]
     stacked: dict[str, list[Tensor]] = {}
     for part, whole in zip(weight.parts, wholes, strict=True):
         stacked.setdefault(part.tensor, []).append(whole)
-    tensors = {name: torch.cat(pieces) for name, pieces in stacked.items()}
+    tensors = {name: _cat(pieces) for name, pieces in stacked.items()}
     return {name: tensor.t().contiguous() if weight.transposed else tensor for name, tensor in tensors.items()}
+
+
+def _cat(pieces: list[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat, which copies even one piece."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

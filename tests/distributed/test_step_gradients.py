@@ -50,7 +50,7 @@ STUDENT_FACTORS: dict[str, tuple[str, ...]] = {
     "objective.normalization": ("per_token", "per_sequence"),
     "training.micro_batch_size": ("1", "2", "3", "4"),
     "critic": ("own", "teacher", "pair", "pair prior", "pair plain"),
-    "student": ("untied", "tied"),
+    "student": ("untied", "tied", "qwen3"),
     "use_distributed_optimizer": ("true", "false"),
     "overlap_grad_reduce": ("false", "true"),
     "sequences": ("mixed", "short rank"),
@@ -96,6 +96,8 @@ class Files:
         self.settings = make_files(folder, teacher={**TEACHER, **DIVISIBLE}, student={**STUDENT, **DIVISIBLE})
         self.vocab_size = _rows(folder / "teacher") - 2
         save_model(folder / "tied", {**STUDENT, **DIVISIBLE, "tie_word_embeddings": True}, self.vocab_size + 5, seed=3)
+        qwen3 = {**STUDENT, **DIVISIBLE, "model_type": "qwen3", "head_dim": 8}  # norms of queries and keys
+        save_model(folder / "qwen3", qwen3, self.vocab_size + 3, seed=5)
         save_model(folder / "trunk", {**STUDENT, **DIVISIBLE, "hidden_size": 16}, self.vocab_size, seed=4)
         self.settings["critic"]["model"] = {"path": str(folder / "trunk")}
         self.games: dict[tuple[str, str], DenseGame] = {}
@@ -117,7 +119,7 @@ class Files:
             f"parallel.tensor_model_parallel_size={tensor}",
             f"parallel.pipeline_model_parallel_size={pipeline}",
             f"parallel.sequence_parallel={str(sequence).lower()}",
-            f"student.path={self.folder / ('tied' if case.get('student') == 'tied' else 'student')}",
+            f"student.path={self.student_folder(case)}",
             f"training.ddp.use_distributed_optimizer={case['use_distributed_optimizer']}",
             f"training.ddp.overlap_grad_reduce={case.get('overlap_grad_reduce', 'false')}",
             *(
@@ -131,10 +133,14 @@ class Files:
             "critic.optim={learning_rate: 0, weight_decay: 0, clip_grad: 0}",
         )
 
+    def student_folder(self, case: Case) -> Path:
+        student = case.get("student", "untied")
+        return self.folder / ("student" if student == "untied" else student)
+
     def dense(self, case: Case) -> DenseGame:
         student, kind = case.get("student", "untied"), case["sequences"]
         if (student, kind) not in self.games:
-            folders = (self.folder / ("tied" if student == "tied" else "student"), self.folder / "teacher")
+            folders = (self.student_folder(case), self.folder / "teacher")
             game = DenseGame(*folders, self.folder / "trunk", self.vocab_size, fixed_sequences(kind, self.vocab_size))
             self.games[student, kind] = game
         return self.games[student, kind]
