@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import re
 import resource
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,39 @@ def test_every_layout_loads_it_and_every_layouts_checkpoint_is_exported_the_same
             mcore_to_hf(source, tmp_path / str(number), architecture, lambda _: None)
         assert (tmp_path / "0/model.safetensors").read_bytes() == (tmp_path / "1/model.safetensors").read_bytes(), kind
         assert state_dict(tmp_path / "1").keys() == state_dict(folder / "hf").keys()
+
+
+def peak_memory(work: Callable[[], Any]) -> float:
+    """MiB that `work` adds to a process at its most: its own memory and the pages of mapped files that it touches."""
+
+    def child(writer: Connection) -> None:
+        torch.set_num_threads(1)
+        status = Path("/proc/self/status")
+        before = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        work()
+        most = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        writer.send((most - before) / 1024)
+
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(writer,))
+    process.start()
+    writer.close()
+    try:
+        return reader.recv()
+    finally:
+        process.join()
+
+
+def test_memory_is_that_of_a_few_parameters_not_of_the_model(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, vocab_size=4096
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")  # 144 MiB; the largest parameters have 8
+    assert peak_memory(lambda: hf_to_mcore(str(tmp_path / "hf"), tmp_path / "mcore")) < 72
+    assert peak_memory(lambda: export(tmp_path / "mcore", tmp_path / "back")) < 72
+    assert (tmp_path / "back" / "model.safetensors").stat().st_size > 140 * 2**20
 
 
 def test_harmless_constants_are_left_out(tmp_path: Path) -> None:
