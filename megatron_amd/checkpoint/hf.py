@@ -133,6 +133,7 @@ def mcore_to_hf(
                     raise InputError(f"{checkpoint}: parameter {name} holds NaN or infinite numbers; use another one")
                 for tensor_name, tensor in join_shards([parameter], weight).items():
                     writer.add(tensor_name, tensor.to(dtypes[name]))
+                writer.check()
                 bar.update(parameter.nbytes)
 
         def write_others(partial: Path) -> None:

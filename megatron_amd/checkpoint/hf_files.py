@@ -209,6 +209,11 @@ class FolderWriter:
         assert (tuple(tensor.shape), tensor.dtype) == self._tensors[name]
         self._guarded(lambda: self._write(name, tensor))
 
+    def check(self) -> None:
+        """Raise the failure there has been, for a caller on whom no other rank waits."""
+        if self._failure:
+            raise self._failure
+
     def finish(self, write_others: Callable[[Path], None]) -> None:
         """Complete the folder. Raises InputError when anything could not be written; nothing is left then.
 
