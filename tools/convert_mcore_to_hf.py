@@ -71,11 +71,11 @@ def _run(options: argparse.Namespace) -> int:
     import torch  # heavy imports wait until the arguments are known to be right
 
     from megatron_amd.checkpoint.hf import mcore_to_hf
-    from megatron_amd.checkpoint.mcore import MARKS
+    from megatron_amd.checkpoint.hf_files import MCORE_MARKS
     from megatron_amd.distributed.quiet import silence_known_warnings
 
     silence_known_warnings()
-    is_converted = all((options.source / mark).is_file() for mark in MARKS)
+    is_converted = all((options.source / mark).is_file() for mark in MCORE_MARKS)
     checkpoint, architecture, copy_others = (_converted if is_converted else _student)(options.source)
     dtypes = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     mcore_to_hf(

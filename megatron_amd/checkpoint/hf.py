@@ -23,13 +23,14 @@ from megatron_amd.checkpoint.hf_files import (
     FolderWriter,
     WeightFiles,
     cannot_write,
+    check_conversion_folder,
     check_export_folder,
     copy_carried,
     partial_folder,
     publish,
 )
 from megatron_amd.checkpoint.hf_tensors import Part, Weight, join_shards, model_weights, stage_parameters, unwrap
-from megatron_amd.checkpoint.mcore import MARKS, MegatronWeights, write_weights
+from megatron_amd.checkpoint.mcore import MegatronWeights, write_weights
 from megatron_amd.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
@@ -63,7 +64,7 @@ def hf_to_mcore(
     Raises:
         InputError: whatever is wrong with the folder, or it cannot be written.
     """
-    check_export_folder(folder, MARKS, "earlier conversion")
+    check_conversion_folder(folder)
     architecture = load_architecture(source, None, "source")
     weights = _own_weights(architecture)
     with WeightFiles(source, "source", also=CARRIED) as files:
@@ -75,11 +76,11 @@ def hf_to_mcore(
         def read(name: str) -> Tensor:
             weight = weights[name]
             rows = padded_vocab_size if weight.split == "vocabulary" else sum(part.rows for part in weight.parts)
-            parameter = _read_shard(files, weight, 0, 1, rows).to(dtypes[name])
+            parameter = _read_shard(files, weight, 0, 1, rows)
             files.release()
             _check_shard(files, parameter, weight, architecture, 0, 1)
-            bar.update(parameter.nbytes)
-            return parameter
+            bar.update(parameter.numel() * dtypes[name].itemsize)
+            return _convert(parameter, dtypes[name], name)
 
         partial = partial_folder(folder)
         try:
@@ -132,9 +133,9 @@ def mcore_to_hf(
                 if not is_finite(parameter):
                     raise InputError(f"{checkpoint}: parameter {name} holds NaN or infinite numbers; use another one")
                 for tensor_name, tensor in join_shards([parameter], weight).items():
-                    writer.add(tensor_name, tensor.to(dtypes[name]))
+                    writer.add(tensor_name, _convert(tensor, dtypes[name], tensor_name))
                 writer.check()
-                bar.update(parameter.nbytes)
+                bar.update(parameter.numel() * dtypes[name].itemsize)
 
         def write_others(partial: Path) -> None:
             _write_config(partial, architecture, next(iter(dtypes.values())))
@@ -170,6 +171,13 @@ def is_finite(tensor: Tensor) -> bool:
         if not piece.sum(dtype=torch.float32).isfinite() and not piece.isfinite().all():
             return False
     return True
+
+
+def _convert(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    converted = tensor.to(dtype)
+    if converted is not tensor and not is_finite(converted):
+        raise InputError(f"{name}: holds numbers that are too large for {dtype}; convert to bf16, or keep the type")
+    return converted
 
 
 def _own_weights(architecture: Architecture) -> dict[str, Weight]:

@@ -24,6 +24,8 @@ from megatron_amd.models.architecture import read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MCORE_MARKS = ("metadata.json", "config.json")
+"""Files by which a converted model's folder is known."""
 CARRIED = ("generation_config.json", *TOKENIZER_FILES)
 """Files beside config.json that pass unchanged through a conversion."""
 
@@ -319,9 +321,19 @@ def cannot_write(folder: Path, error: OSError) -> InputError:
     return InputError(f"{folder}: the model cannot be written: {reason}; make room or choose another folder")
 
 
-def check_export_folder(folder: Path, marks: tuple[str, ...] = ("config.json",), what: str = "exported model") -> None:
-    """Raise InputError where an export would replace something else than an earlier one, which has files `marks`."""
-    if folder.is_dir() and any(folder.iterdir()) and not all((folder / mark).is_file() for mark in marks):
+def check_export_folder(folder: Path) -> None:
+    """Raise InputError where an export would replace something that is not an exported model."""
+    is_export = (folder / "config.json").is_file() and not (folder / ".metadata").exists()  # no converted model either
+    _check_replaced(folder, is_export, "exported model")
+
+
+def check_conversion_folder(folder: Path) -> None:
+    """Raise InputError where a conversion to Megatron-Core would replace something that is not an earlier one."""
+    _check_replaced(folder, all((folder / mark).is_file() for mark in MCORE_MARKS), "earlier conversion")
+
+
+def _check_replaced(folder: Path, is_replaceable: bool, what: str) -> None:
+    if folder.is_dir() and any(folder.iterdir()) and not is_replaceable:
         raise InputError(f"{folder}: exists and is not an {what}; move it or choose another folder")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, where the {what} would be; move it or choose another folder")

@@ -47,9 +47,6 @@ from megatron_amd.models.gpt import build_gpt, transformer_config
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 
-MARKS = ("metadata.json", "config.json")
-"""Files by which the folder of a converted model is known."""
-
 _FILE = "__0_0.distcp"
 _MODEL = ("embedding.", "decoder.", "output_layer.")
 """How the names of a GPTModel's parameters begin; a checkpoint may hold an optimizer's state too."""
@@ -181,6 +178,9 @@ class MegatronWeights:
                 raise InputError(
                     f"{self.folder}: parameter {name} has shape {list(found)}, but config.json makes it {list(wanted)}"
                 )
+            dtype = self._tensors[key].properties.dtype
+            if not dtype.is_floating_point or dtype.itemsize == 1:
+                raise InputError(f"{self.folder}: parameter {name} is of type {dtype}; save the model in bf16")
         strangers = [key for key in self._tensors if key.startswith(_MODEL) and key not in known]
         if strangers:
             more = f" and {len(strangers) - 3} others" if len(strangers) > 3 else ""

@@ -201,7 +201,23 @@ def test_an_earlier_conversion_is_replaced_and_nothing_else(folders: dict[str, P
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "gpt2"
     with pytest.raises(InputError, match="back: exists and is not an earlier conversion; move it"):
         hf_to_mcore(str(folders["llama"] / "hf"), tmp_path / "back")
+    with pytest.raises(InputError, match="mcore: exists and is not an exported model; move it"):
+        export(tmp_path / "mcore", tmp_path / "mcore")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "mcore"]
+
+
+def test_numbers_too_large_for_a_type_are_not_made_infinite(folders: dict[str, Path], tmp_path: Path) -> None:
+    save_hf_model("llama", tmp_path / "hf")
+    weights = state_dict(tmp_path / "hf")
+    weights["model.norm.weight"][0] = 1e5
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    message = r"^\S+norm.weight: holds numbers that are too large for torch.float16; convert to bf16, or keep the type$"
+    with pytest.raises(InputError, match=message):
+        hf_to_mcore(str(tmp_path / "hf"), tmp_path / "mcore", dtype=torch.float16)
+    hf_to_mcore(str(tmp_path / "hf"), tmp_path / "mcore")
+    with pytest.raises(InputError, match=message):
+        export(tmp_path / "mcore", tmp_path / "back", dtype=torch.float16)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
 
 
 def test_a_full_disk_leaves_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
