@@ -31,6 +31,7 @@ INSTALL_REQUIRES = [
     "psutil",  # megatron.core.dist_checkpointing imports it without declaring it
     "jinja2>=3.1",  # transformers renders chat templates with it without declaring it
     "huggingface_hub>=1",  # models named by their hub name
+    "tqdm",
 ]
 
 EXTRAS_REQUIRE = {

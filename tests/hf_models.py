@@ -13,8 +13,8 @@ from megatron_amd.config import ParallelConfig, TrainingConfig
 from megatron_amd.distributed.initialize import set_seeds
 from megatron_amd.distributed.layout import Layout, build_layout
 from megatron_amd.models.architecture import Architecture, load_architecture
-from megatron_amd.models.gpt import build_gpt, transformer_config
-from megatron_amd.models.t5 import build_t5
+from megatron_amd.models.gpt import transformer_config
+from megatron_amd.models.roles import build_language_model
 
 _LLAMA_LIKE = {
     "vocab_size": 53,
@@ -34,14 +34,29 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# At 64 positions every part of the scaling counts: wavelengths below 8 are kept, above 32 divided, mixed between.
+_OTHER_ROPE = {
+    **_LLAMA3_ROPE, "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 2.0, "high_freq_factor": 8.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {**_LLAMA_LIKE, "model_type": "llama", "tie_word_embeddings": False},
     "llama-tied": {**_LLAMA_LIKE, "model_type": "llama", "tie_word_embeddings": True, "num_key_value_heads": 4},
     "llama-biases": {**_LLAMA_LIKE, "model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "llama3-rope": {**_LLAMA_LIKE, "model_type": "llama", "head_dim": 16, "rope_parameters": _LLAMA3_ROPE},
+    "llama3-other-rope": {**_LLAMA_LIKE, "model_type": "llama", "head_dim": 16, "rope_parameters": _OTHER_ROPE},
+    "open-llama": {
+        **_LLAMA_LIKE, "model_type": "llama", "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "vocab_size": 64,
+    },
+    "smollm2": {
+        **_LLAMA_LIKE, "model_type": "llama", "tie_word_embeddings": True, "rope_theta": 1e5, "num_attention_heads": 6,
+        "hidden_size": 48, "vocab_size": 61,
+    },
     "mistral": {**_LLAMA_LIKE, "model_type": "mistral", "sliding_window": None, "rope_theta": 1e6, "head_dim": 12},
     "qwen2": {**_LLAMA_LIKE, "model_type": "qwen2", "tie_word_embeddings": False},
     "qwen2-tied": {**_LLAMA_LIKE, "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {**_LLAMA_LIKE, "model_type": "qwen3", "head_dim": 16, "rope_theta": 1e6},
+    "qwen3-tied": {**_LLAMA_LIKE, "model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True, "vocab_size": 55},
     "gpt2": {"model_type": "gpt2", "vocab_size": 53, "n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 64},
     "gpt2-untied": {
         "model_type": "gpt2", "vocab_size": 53, "n_embd": 32, "n_head": 4, "n_layer": 4, "n_positions": 64,
@@ -102,8 +117,7 @@ def build_megatron(
     layout = layout or build_layout(parallel, torch.device("cpu"))
     set_seeds(1, layout)
     config = transformer_config(architecture, TrainingConfig(precision=precision), layout, {}, "model")
-    build: Any = build_t5 if architecture.has_encoder else build_gpt
-    model = build(architecture, config, layout, "local", PADDED_VOCAB)
+    model = build_language_model(architecture, config, layout, "local", PADDED_VOCAB)
     for parameter in model.parameters():  # a value that loading must overwrite
         parameter.data = torch.full_like(parameter, 7.0, dtype=config.params_dtype)
     return model.eval(), architecture, layout

@@ -1,76 +1,85 @@
 """Write a Hugging Face model as a Megatron-Core checkpoint.
 
-    python tools/convert_hf_to_mcore.py HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2-mcore
+    python tools/convert_hf_to_mcore.py HuggingFaceTB/SmolLM2-135M-Instruct smollm2-mcore
+    python tools/convert_hf_to_mcore.py models/llama llama-mcore --dtype bf16 --verify
 
-megatron_amd itself reads Hugging Face folders and needs no conversion: this is for other programs on Megatron-Core. The
-result is in its `torch_dist` format, under the key prefix of a GPTModel, and loads into any parallel layout with
-`megatron.core.dist_checkpointing.load`. Exit status: 0, or 2 with one line about what is wrong.
+For other programs on Megatron-Core: megatron_amd itself reads Hugging Face folders. The result is in Megatron-Core's
+torch_dist format, its tensors named as a GPTModel names them, and loads into any tensor- and pipeline-parallel layout.
+config.json, generation_config.json and the tokenizer's files lie beside it; tools/convert_mcore_to_hf.py turns it back.
+
+Runs as one process, without a GPU, and holds one parameter at a time. Exit status: 0, or 2 with one line about what is
+wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
-from megatron_amd.config import Config, TrainingConfig
 from megatron_amd.errors import InputError
+from megatron_amd.program import Parser, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return run_program(lambda: _run(_parse(arguments)), goes_on="from the beginning")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="convert_hf_to_mcore.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("source", help="folder or hub name of a Hugging Face model")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the weights written")
-    parser.add_argument("--pad-vocabulary-to", type=int, default=128, help="make its rows a multiple of this")
+    parser.add_argument("output", type=Path, help="folder to write; an earlier conversion is replaced")
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "bf16", "fp16", "fp32"),
+        default="keep",
+        help="of the weights written (default: keep, each tensor's own)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="run the result and the source in transformers on a few texts, and print the largest difference of logits",
+    )
+    parser.add_argument(
+        "--pad-vocabulary-to",
+        type=int,
+        default=128,
+        metavar="N",
+        help="make the rows of embedding and head a multiple of this, with zeros (default: 128)",
+    )
     options = parser.parse_args(arguments)
-    try:
-        convert(options.source, options.output, options.precision, options.pad_vocabulary_to)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.source} -> {options.output}")
+    if options.pad_vocabulary_to < 1:
+        raise InputError(f"--pad-vocabulary-to: must be at least 1, not {options.pad_vocabulary_to}")
+    return options
+
+
+def _run(options: argparse.Namespace) -> int:
+    import torch  # heavy imports wait until the arguments are known to be right
+
+    from megatron_amd.checkpoint.hf import hf_to_mcore
+    from megatron_amd.distributed.quiet import silence_known_warnings
+
+    silence_known_warnings()
+    dtypes = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    architecture = hf_to_mcore(
+        options.source,
+        options.output,
+        dtype=dtypes[options.dtype],
+        vocabulary_multiple=options.pad_vocabulary_to,
+    )
+    print(f"{options.output}: {options.source} as a Megatron-Core checkpoint")
+    if options.verify:
+        from megatron_amd.checkpoint.verify import compare
+
+        print(compare(options.output, options.source, architecture))
     return 0
-
-
-def convert(source: str, folder: Path, precision: Literal["bf16", "fp32"], multiple: int) -> None:
-    """Write `source` to `folder`, which appears complete or not at all. Raises InputError."""
-    from megatron_amd.checkpoint.hf import (
-        load_hf_weights,
-    )  # heavy imports wait until the arguments are known to be right
-    from megatron_amd.distributed.initialize import initialize, shutdown
-    from megatron_amd.models.architecture import load_architecture
-    from megatron_amd.models.gpt import build_gpt, transformer_config
-
-    # isort: split
-    from megatron.core import dist_checkpointing
-
-    if multiple < 1:
-        raise InputError(f"--pad-vocabulary-to: must be at least 1, not {multiple}")
-    if folder.exists():
-        raise InputError(f"{folder}: exists already; choose another folder")
-    architecture = load_architecture(source, None, "source")
-    config = Config(training=TrainingConfig(precision=precision, transformer_impl="local"))
-    partial = folder.with_name(f".{folder.name}.partial")
-    layout = initialize(config)
-    try:
-        rows = -(-architecture.vocab_size // multiple) * multiple
-        transformer = transformer_config(architecture, config.training, layout, {}, "source")
-        model = build_gpt(architecture, transformer, layout, "local", rows)
-        load_hf_weights(model, source, architecture, where="source")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        dist_checkpointing.save({"model": model.sharded_state_dict()}, str(partial))
-        partial.rename(folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutdown()
 
 
 if __name__ == "__main__":

@@ -132,8 +132,9 @@ def describe_files(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def check_files(path: Path, files: Mapping[str, Mapping[str, int]]) -> None:
-    """Raise InputError unless every file is as it was written. The ranks share the reading; call it in `agreed()`."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    """Raise InputError unless every file is as it was written. Ranks, where there are any, share the reading; call it
+    in `agreed()` then."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for name, saved in files.items():  # first, since the other check reads one file to understand another
         file = path / name
         if not file.is_file():

@@ -1,33 +1,228 @@
-"""Weights from and to Hugging Face folders.
+"""Weights from and to Hugging Face folders, and the conversion of whole folders.
 
 Both directions follow the one description in hf_tensors.py. A rank reads only its own slices of each tensor; an
-export gathers the tensors one by one onto the rank that writes.
+export gathers the tensors one by one onto the rank that writes. A conversion holds one parameter at a time.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from megatron_amd.checkpoint.hf_tensors import Part, Weight, model_weights, stage_parameters, unwrap
-from megatron_amd.data.hub import check_hub_reachable, is_hub_name
+from megatron_amd.checkpoint.hf_files import (
+    CARRIED,
+    FolderWriter,
+    WeightFiles,
+    cannot_write,
+    check_conversion_folder,
+    check_export_folder,
+    copy_carried,
+    partial_folder,
+    publish,
+)
+from megatron_amd.checkpoint.hf_tensors import (
+    Part,
+    Weight,
+    family_of,
+    join_shards,
+    model_weights,
+    stage_parameters,
+    unwrap,
+)
+from megatron_amd.checkpoint.mcore import MegatronWeights, write_weights
+from megatron_amd.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
-from megatron_amd.errors import InputError, first_line
-from megatron_amd.models.architecture import Architecture, read_json
+from megatron_amd.errors import InputError
+from megatron_amd.models.architecture import FAMILIES, Architecture, load_architecture
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+__all__ = [
+    "MAX_SHARD_BYTES", "check_export_folder", "check_hf_weights", "export_hf", "hf_to_mcore", "load_hf_weights",
+    "mcore_to_hf", "read_head",
+]  # fmt: skip
+
+MAX_SHARD_BYTES = 4 * 2**30
+"""Size at which an export begins another file."""
+_PIECE = 2**20
+"""Numbers that are looked at in one piece."""
+
+
+def hf_to_mcore(
+    source: str, folder: Path, *, dtype: torch.dtype | None = None, vocabulary_multiple: int = 128
+) -> Architecture:
+    """Write a Hugging Face model as a Megatron-Core checkpoint, with what is needed to turn it back beside it.
+
+    Holds one parameter at a time. The folder appears complete or not at all; an earlier conversion in its place is
+    replaced.
+
+    Args:
+        source: folder or hub name.
+        dtype: of the weights written; None keeps each tensor's own.
+        vocabulary_multiple: rows of embedding and head are padded with zeros to a multiple of this.
+
+    Raises:
+        InputError: whatever is wrong with the folder, or it cannot be written.
+    """
+    check_conversion_folder(folder)
+    architecture = load_architecture(source, None, "source")
+    weights = _own_weights(architecture)
+    with WeightFiles(source, "source", also=CARRIED) as files:
+        files.check(weights, family_of(architecture), is_cut=False)
+        check_tokenizer(files.folder, architecture.vocab_size)
+        padded_vocab_size = -(-architecture.vocab_size // vocabulary_multiple) * vocabulary_multiple
+        dtypes = {name: dtype or _folder_dtype(files, weight) for name, weight in weights.items()}
+
+        def read(name: str) -> Tensor:
+            weight = weights[name]
+            rows = padded_vocab_size if weight.split == "vocabulary" else sum(part.rows for part in weight.parts)
+            parameter = _read_shard(files, weight, 0, 1, rows)
+            files.release()
+            _check_shard(files, parameter, weight, architecture, 0, 1)
+            bar.update(parameter.numel() * dtypes[name].itemsize)
+            return _convert(parameter, dtypes[name], name)
+
+        partial = partial_folder(folder)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            with _progress(weights, dtypes) as bar:
+                write_weights(partial, architecture, padded_vocab_size, dtypes, read)
+            _write_config(partial, architecture, next(iter(dtypes.values())))
+            copy_carried(files.folder, partial)
+            publish(partial, folder)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return architecture
+
+
+def mcore_to_hf(
+    checkpoint: Path,
+    folder: Path,
+    architecture: Architecture,
+    copy_others: Callable[[Path], None],
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a Megatron-Core checkpoint of any layout as a Hugging Face folder that `transformers` loads.
+
+    Holds one parameter at a time. The folder appears complete or not at all; an earlier export in its place is
+    replaced. Trust: unpickles the checkpoint's list of tensors.
+
+    Args:
+        checkpoint: folder in `torch_dist` format that holds a model's parameters.
+        copy_others: called with the folder to put tokenizer files in.
+        dtype: of the weights written; None keeps each parameter's own.
+
+    Raises:
+        InputError: the checkpoint is damaged or of another model, or the folder cannot be written.
+    """
+    check_export_folder(folder)
+    megatron = MegatronWeights(checkpoint)
+    weights = _own_weights(architecture)
+    megatron.check(weights)
+    dtypes = {name: dtype or megatron.dtype(name) for name in weights}
+    writer = FolderWriter(folder, _tensors_of(weights, dtypes), max_shard_bytes)
+    try:
+        with _progress(weights, dtypes) as bar:
+            for name, weight in weights.items():
+                parameter = megatron.read(name, weight)
+                if not is_finite(parameter):
+                    raise InputError(f"{checkpoint}: parameter {name} holds NaN or infinite numbers; use another one")
+                for tensor_name, tensor in join_shards([parameter], weight).items():
+                    writer.add(tensor_name, _convert(tensor, dtypes[name], tensor_name))
+                writer.check()
+                bar.update(parameter.numel() * dtypes[name].itemsize)
+
+        def write_others(partial: Path) -> None:
+            _write_config(partial, architecture, next(iter(dtypes.values())))
+            copy_others(partial)
+
+        writer.finish(write_others)
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def check_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Raise InputError where the folder's tokenizer cannot be read or has more tokens than the embedding rows."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return
+    try:
+        tokens = load_tokenizer(str(folder)).vocab_size
+    except InputError as error:
+        text = str(error).removeprefix("data.tokenizer: ")
+        advice = "" if ";" in text else "; download or copy the tokenizer's files again, or remove them"
+        raise InputError(f"{text}{advice}") from error
+    if tokens > vocab_size:
+        raise InputError(
+            f"{folder}: its tokenizer has {tokens} tokens, but the embedding only {vocab_size} rows (vocab_size in "
+            "config.json); the tokenizer files are another model's"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite. By sums, which are finite where all numbers of real weights are; in
+    pieces, since a sum of bf16 makes a copy in fp32."""
+    for piece in tensor.split(max(1, _PIECE // max(1, tensor[0].numel()))):
+        if not piece.sum(dtype=torch.float32).isfinite() and not piece.isfinite().all():
+            return False
+    return True
+
+
+def _convert(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    converted = tensor.to(dtype)
+    if converted is not tensor and not is_finite(converted):
+        raise InputError(f"{name}: holds numbers that are too large for {dtype}; convert to bf16, or keep the type")
+    return converted
+
+
+def _own_weights(architecture: Architecture) -> dict[str, Weight]:
+    """The parameters of the whole model, a tied one once."""
+    weights = model_weights(architecture)
+    if architecture.tied:
+        del weights["output_layer.weight"]
+    return weights
+
+
+def _tensors_of(
+    weights: Mapping[str, Weight], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of the folder's tensors, in order."""
+    return {
+        tensor: (shape, dtypes[name])
+        for name, weight in weights.items()
+        for tensor, shape in weight.tensor_shapes().items()
+    }
+
+
+def _folder_dtype(files: WeightFiles, weight: Weight) -> torch.dtype:
+    """The type that holds every number of a parameter's tensors."""
+    dtypes = [files.dtype(name, shape) for name, shape in weight.tensor_shapes().items()]
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def _progress(weights: Mapping[str, Weight], dtypes: Mapping[str, torch.dtype]) -> tqdm:
+    """A bar of bytes on the terminal; none where stderr is not one."""
+    numbers = {
+        name: sum(part.rows for part in weight.parts) * (weight.columns or 1) for name, weight in weights.items()
+    }
+    total = sum(count * dtypes[name].itemsize for name, count in numbers.items())
+    return tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=None)
 
 
 def load_hf_weights(
@@ -38,7 +233,7 @@ def load_hf_weights(
     layers: tuple[int, ...] | None = None,
     where: str = "path",
 ) -> None:
-    """Fill the parameters of one pipeline stage of a GPTModel from a folder or hub name.
+    """Fill the parameters of one pipeline stage of a model from a folder or hub name.
 
     Args:
         model: the stage, wrapped or not. Padding rows of the vocabulary become zero. A critic's second head gets the
@@ -50,19 +245,23 @@ def load_hf_weights(
     Each rank reads on its own: wrap the call in `agreed()` where an error must reach all ranks.
 
     Raises:
-        InputError: no safetensors, a truncated or corrupt file, a missing tensor, or one of another shape.
+        InputError: no safetensors, a truncated or corrupt file, a missing tensor, one too many, one of another shape,
+            or numbers that are not finite (among those that this rank reads).
     """
     weights = model_weights(architecture, layers)
     tp_group = unwrap(model).pg_collection.tp
     with WeightFiles(source, where) as files, torch.no_grad():
+        files.check(weights, family_of(architecture), is_cut=layers is not None)
         for name, parameter in stage_parameters(model).items():
             if name.startswith("output_layer"):
                 name = "output_layer.weight"
             if name not in weights:
                 raise ValueError(f"parameter {name} has no counterpart in the family {architecture.family}")
-            shard = _read_shard(files, weights[name], tp_group.rank(), tp_group.size(), parameter.shape[0])
+            weight, rank, size = weights[name], tp_group.rank(), tp_group.size()
+            shard = _read_shard(files, weight, rank, size, parameter.shape[0])
             if shard.shape != parameter.shape:
                 raise ValueError(f"parameter {name} is {list(parameter.shape)}, its tensors make {list(shard.shape)}")
+            _check_shard(files, shard, weight, architecture, rank, size)
             parameter.copy_(shard)
 
 
@@ -71,9 +270,7 @@ def check_hf_weights(
 ) -> None:
     """Raise what `load_hf_weights` would raise for a folder or hub name, from the heads of its files alone."""
     with WeightFiles(source, where) as files:
-        for weight in model_weights(architecture, layers).values():
-            for name, shape in weight.tensor_shapes().items():
-                files.check(name, shape)
+        files.check(model_weights(architecture, layers), family_of(architecture), is_cut=layers is not None)
 
 
 def read_head(
@@ -101,11 +298,11 @@ def export_hf(
     layout: Layout,
     *,
     copy_tokenizer: Callable[[Path], None] | None = None,
-    max_shard_bytes: int = 4 * 2**30,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a GPTModel as a Hugging Face folder that `transformers` loads. Collective over all ranks.
+    """Write a model as a Hugging Face folder that `transformers` loads. Collective over all ranks.
 
-    Tensors are gathered one at a time onto the first rank, which holds at most `max_shard_bytes` and one tensor.
+    Tensors are gathered one at a time onto the first rank, which writes each as it comes.
     The folder appears complete or not at all; an earlier export in its place is replaced.
 
     Args:
@@ -124,103 +321,17 @@ def export_hf(
             for _ in tensors:
                 pass
             return
-        writer = _FolderWriter(folder, architecture, dtype, max_shard_bytes)
+        weights = _own_weights(architecture)
+        writer = FolderWriter(folder, _tensors_of(weights, dict.fromkeys(weights, dtype)), max_shard_bytes)
+
+        def write_others(partial: Path) -> None:
+            _write_config(partial, architecture, dtype)
+            if copy_tokenizer is not None:
+                copy_tokenizer(partial)
+
         for name, tensor in tensors:
             writer.add(name, tensor)
-        writer.finish(copy_tokenizer)
-
-
-def check_export_folder(folder: Path) -> None:
-    """Raise InputError where an export would replace something that is not an exported model."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: exists and is not an exported model; move it or choose another folder")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file, where the exported model would be; move it or choose another folder")
-
-
-class WeightFiles:
-    """The safetensors of a folder or hub name, read slice by slice. A context manager.
-
-    Raises InputError, from any method, for what is wrong with the files.
-    """
-
-    def __init__(self, source: str | Path, where: str) -> None:
-        self.folder = _weights_folder(str(source), where)
-        self._open_files: dict[Path, Any] = {}
-        single, index = self.folder / WEIGHTS, self.folder / INDEX
-        if single.is_file():
-            self._file_of = dict.fromkeys(self._open(single).keys(), single)
-        elif index.is_file():
-            self._file_of = self._read_index(index)
-        else:
-            raise InputError(f"{where}: {self.folder} has no {WEIGHTS}{self._other_formats()}")
-
-    def __enter__(self) -> WeightFiles:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for file in self._open_files.values():
-            file.__exit__(None, None, None)
-
-    def read(self, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> Tensor:
-        """A slice of the tensor `name`, whose whole shape must be `shape`."""
-        file, tensor = self._tensor(name, shape)
-        try:
-            return tensor[slices]
-        except (SafetensorError, OSError) as error:
-            raise _corrupt(file, error) from error
-
-    def files(self) -> list[Path]:
-        """The files that hold the tensors."""
-        return sorted(set(self._file_of.values()))
-
-    def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise unless there is a tensor `name` of this shape."""
-        self._tensor(name, shape)
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> tuple[Path, Any]:
-        """The file that holds a tensor, and the tensor, not yet read."""
-        file, name = self._find(name)
-        try:
-            tensor = self._open(file).get_slice(name)
-        except (SafetensorError, OSError) as error:
-            raise _corrupt(file, error) from error
-        found = tuple(tensor.get_shape())
-        if found != shape:
-            raise InputError(f"{file}: tensor {name} has shape {list(found)}, but config.json makes it {list(shape)}")
-        return file, tensor
-
-    def _find(self, name: str) -> tuple[Path, str]:
-        # A folder saved from the model without its LM head has the names without their first part.
-        for candidate in (name, name.split(".", 1)[1]):
-            if candidate in self._file_of:
-                return self._file_of[candidate], candidate
-        raise InputError(
-            f"{self.folder}: its weights have no tensor {name}; they are incomplete or not of this config.json"
-        )
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._open_files:
-            try:
-                self._open_files[file] = safe_open(file, framework="pt").__enter__()
-            except (SafetensorError, OSError) as error:
-                raise _corrupt(file, error) from error
-        return self._open_files[file]
-
-    def _read_index(self, index: Path) -> dict[str, Path]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: has no weight_map")
-        for file in sorted(set(map(str, weight_map.values()))):
-            if not (self.folder / file).is_file():
-                raise InputError(f"{index}: names {file}, which is not in the folder; download or copy it again")
-        return {name: self.folder / file for name, file in weight_map.items()}
-
-    def _other_formats(self) -> str:
-        for pattern, what in (("*.bin", "PyTorch .bin files"), ("*.pt*", "PyTorch files"), ("*.gguf", "GGUF files")):
-            if any(self.folder.glob(pattern)):
-                return f", only {what}; load it with transformers and save it with save_pretrained"
-        return "; give the folder of a Hugging Face model with its weights"
+        writer.finish(write_others)
 
 
 def _read_shard(files: WeightFiles, weight: Weight, tp_rank: int, tp_size: int, local_rows: int) -> Tensor:
@@ -247,6 +358,34 @@ def _read_shard(files: WeightFiles, weight: Weight, tp_rank: int, tp_size: int, 
     return torch.cat([piece.unflatten(0, (groups, -1)) for piece in pieces], dim=1).flatten(0, 1)
 
 
+def _check_shard(
+    files: WeightFiles,
+    shard: Tensor,
+    weight: Weight,
+    architecture: Architecture,
+    tp_rank: int,
+    tp_size: int,
+) -> None:
+    """Raise InputError where a parameter's shard is not finite, or a tied embedding has another head beside it."""
+    if not is_finite(shard):
+        for part in weight.parts:
+            tensor = files.read(part.tensor, weight.tensor_shapes()[part.tensor], (slice(None),))
+            if not is_finite(tensor):
+                raise InputError(
+                    f"{files.where_is(part.tensor)} holds NaN or infinite numbers; download or copy it again"
+                )
+    if weight.split == "vocabulary" and architecture.tied:
+        head = model_weights(replace(architecture, tied=False))["output_layer.weight"]
+        (part,) = head.parts
+        if part.tensor in files:
+            other = _read_shard(files, head, tp_rank, tp_size, len(shard))
+            if not torch.equal(other.to(shard.dtype), shard):
+                raise InputError(
+                    f"{files.where_is(part.tensor)} differs from {weight.parts[0].tensor}, but config.json says "
+                    "tie_word_embeddings: true; set it to false"
+                )
+
+
 def _read_part(files: WeightFiles, weight: Weight, part: Part, rows: slice, columns: slice) -> Tensor:
     shape = weight.tensor_shapes()[part.tensor]
     if weight.columns is None:
@@ -256,26 +395,6 @@ def _read_part(files: WeightFiles, weight: Weight, part: Part, rows: slice, colu
     return files.read(part.tensor, shape, (rows, columns))
 
 
-def _join_shards(shards: list[Tensor], weight: Weight) -> dict[str, Tensor]:
-    """All tensor-parallel shards of a parameter -> the folder's tensors: the inverse of `_read_shard`."""
-    if weight.split == "rows":
-        groups = max(1, weight.groups // len(shards))
-        sizes = [part.rows // len(shards) // groups for part in weight.parts]
-        split = [shard.unflatten(0, (groups, -1)).split(sizes, dim=1) for shard in shards]
-        wholes = [torch.cat([piece.flatten(0, 1) for piece in pieces]) for pieces in zip(*split, strict=True)]
-    elif weight.split == "columns":
-        wholes = [torch.cat(shards, dim=1)]
-    elif weight.split == "vocabulary":
-        wholes = [torch.cat(shards)[: weight.parts[0].rows]]
-    else:
-        wholes = [shards[0]]
-    stacked: dict[str, list[Tensor]] = {}
-    for part, whole in zip(weight.parts, wholes, strict=True):
-        stacked.setdefault(part.tensor, []).append(whole)
-    tensors = {name: torch.cat(pieces) for name, pieces in stacked.items()}
-    return {name: tensor.t().contiguous() if weight.transposed else tensor for name, tensor in tensors.items()}
-
-
 def _gather_tensors(
     model: torch.nn.Module, architecture: Architecture, layout: Layout, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
@@ -283,9 +402,7 @@ def _gather_tensors(
 
     Collective over that replica's ranks; the others' tensors are none of the caller's business.
     """
-    weights = model_weights(architecture)
-    if architecture.tied:
-        del weights["output_layer.weight"]
+    weights = _own_weights(architecture)
     parameters = stage_parameters(model)
     held: list[list[str]] = [[name for name in weights if name in parameters]]
     if layout.pp_size > 1:
@@ -301,7 +418,7 @@ def _gather_tensors(
                 shards = _gather_shards(parameters[name].detach().to(dtype), layout)
                 if layout.tp_rank != 0:
                     continue
-                tensors = _join_shards(shards, weights[name])
+                tensors = join_shards(shards, weights[name])
             if layout.tp_rank == 0:
                 yield from _bring_to_first_stage(tensors, weights[name], stage, layout, dtype)
 
@@ -329,141 +446,18 @@ def _bring_to_first_stage(
             dist.send(tensors[name], dst=dist.get_global_rank(group, 0), group=group)
 
 
-class _FolderWriter:
-    """Writes tensors as they come into a temporary folder that takes its name when it is complete.
-
-    Other ranks are still sending when a write fails, so a failure is remembered, the rest of the tensors are dropped,
-    and `finish` raises.
-    """
-
-    def __init__(self, folder: Path, architecture: Architecture, dtype: torch.dtype, max_shard_bytes: int) -> None:
-        self._folder = folder
-        self._partial = folder.with_name(f".{folder.name}.partial")
-        self._architecture = architecture
-        self._dtype = dtype
-        self._max_shard_bytes = max_shard_bytes
-        self._shard: dict[str, Tensor] = {}
-        self._shard_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
-        self._failure: InputError | None = None
-        self._guarded(self._begin)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; it is written when a shard is full."""
-        if self._failure:
-            return
-        size = tensor.numel() * tensor.element_size()
-        if self._shard and self._shard_bytes + size > self._max_shard_bytes:
-            self._guarded(self._write_shard)
-        self._shard[name] = tensor.cpu()
-        self._shard_bytes += size
-        self._total_bytes += size
-
-    def finish(self, copy_tokenizer: Callable[[Path], None] | None) -> None:
-        """Complete the folder. Raises InputError when anything could not be written; nothing is left then."""
-        self._guarded(self._write_shard)
-        self._guarded(self._name_shards)
-        self._guarded(self._write_config)
-        if copy_tokenizer is not None:
-            self._guarded(lambda: copy_tokenizer(self._partial))
-        self._guarded(self._publish)
-        if self._failure:
-            shutil.rmtree(self._partial, ignore_errors=True)
-            raise self._failure
-
-    def _guarded(self, step: Callable[[], None]) -> None:
-        if self._failure:
-            return
-        try:
-            step()
-        except InputError as error:
-            self._failure = error
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            self._failure = InputError(
-                f"{self._folder}: the model cannot be written: {reason}; make room or choose another folder"
-            )
-            self._shard = {}
-
-    def _begin(self) -> None:
-        check_export_folder(self._folder)
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
-        self._partial.mkdir(parents=True)
-
-    def _write_shard(self) -> None:
-        save_file(self._shard, self._partial / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-        self._shards.append(list(self._shard))
-        self._shard, self._shard_bytes = {}, 0
-
-    def _name_shards(self) -> None:
-        if len(self._shards) == 1:
-            (self._partial / "shard-0").rename(self._partial / WEIGHTS)
-            return
-        weight_map = {}
-        for number, names in enumerate(self._shards):
-            file = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            (self._partial / f"shard-{number}").rename(self._partial / file)
-            weight_map.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-        (self._partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def _write_config(self) -> None:
-        config = _exported_config(self._architecture, self._dtype)
-        (self._partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    def _publish(self) -> None:
-        mode = (self._partial / "config.json").stat().st_mode  # safetensors makes files that only their owner can read
-        for file in filter(Path.is_file, self._partial.rglob("*")):
-            file.chmod(mode)
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        earlier = self._folder.with_name(f".{self._folder.name}.earlier")
-        if self._folder.exists():
-            if earlier.exists():
-                shutil.rmtree(earlier)
-            self._folder.rename(earlier)
-        self._partial.rename(self._folder)
-        shutil.rmtree(earlier, ignore_errors=True)
+def _write_config(folder: Path, architecture: Architecture, dtype: torch.dtype) -> None:
+    config = _exported_config(architecture, dtype)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _exported_config(architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of the exported model: the original's, with what has changed."""
-    classes = {
-        "llama": "LlamaForCausalLM",
-        "mistral": "MistralForCausalLM",
-        "qwen2": "Qwen2ForCausalLM",
-        "gpt2": "GPT2LMHeadModel",
-        "t5": "T5ForConditionalGeneration",
-        "mt5": "MT5ForConditionalGeneration",
-    }
     config = dict(architecture.hf_config)
     config.pop("auto_map", None)  # names Python files of the original folder
-    config["architectures"] = [classes[architecture.family]]
+    config["architectures"] = [FAMILIES[architecture.family]]
     config["tie_word_embeddings"] = architecture.tied
     # transformers 4 reads torch_dtype, 5 reads both
     config.pop("dtype", None)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     return config
-
-
-def _weights_folder(source: str, where: str) -> Path:
-    """The folder itself, or a hub name's safetensors downloaded to the hub's cache."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if not is_hub_name(source):
-        raise InputError(f"{where}: there is no folder {source}")
-    from huggingface_hub import snapshot_download
-
-    check_hub_reachable(source, where)
-    try:
-        return Path(snapshot_download(source, allow_patterns=["model*.safetensors", INDEX]))
-    except Exception as error:  # the client's exceptions differ between versions
-        raise InputError(f"{where}: {source} cannot be read from the hub: {first_line(error)}") from error
-
-
-def _corrupt(file: Path, error: Exception) -> InputError:
-    size = file.stat().st_size if file.exists() else 0
-    return InputError(f"{file}: is truncated or corrupt ({size} bytes; {error}); download or copy it again")

@@ -55,7 +55,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 
 from megatron_amd.errors import InputError, first_line
 
-__all__ = ["STATE_FILE", "RoleState", "latest", "load", "load_weights", "read_state", "save"]
+__all__ = ["STATE_FILE", "RoleState", "check_role", "latest", "load", "load_weights", "read_state", "save"]
 
 _CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -185,13 +185,18 @@ def load_weights(path: str | Path, role: str, model: torch.nn.Module, layout: La
     """Fill a model of any layout with a role's weights, without its optimizer. Collective. As `load` otherwise."""
     path = Path(path)
     with agreed():
-        state = read_state(path)
-        _check_role(path, state, role)
-        check_files(path, {name: kept for name, kept in state["files"].items() if name.startswith(f"{role}/")})
+        check_role(path, role)
     stage = unwrap(model)
     content = {**_CONTENT, "dp_cp_group": layout.groups.dp_cp}
     loaded = _read({"model": stage.sharded_state_dict(metadata=content)}, path / role)
     stage.load_state_dict(loaded["model"])
+
+
+def check_role(path: Path, role: str) -> None:
+    """Raise InputError unless a checkpoint holds the role and its files are as they were written."""
+    state = read_state(path)
+    _check_role(path, state, role)
+    check_files(path, {name: kept for name, kept in state["files"].items() if name.startswith(f"{role}/")})
 
 
 # Saving

@@ -8,6 +8,7 @@ that differs silently from the one in the folder is worse than an error.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,8 +21,16 @@ from safetensors import SafetensorError, safe_open
 from megatron_amd.data.hub import check_hub_reachable, is_hub_name
 from megatron_amd.errors import InputError, first_line
 
-FAMILIES = ("llama", "mistral", "qwen2", "gpt2", "t5", "mt5")
-"""Values of `model_type` that are supported."""
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "t5": "T5ForConditionalGeneration",
+    "mt5": "MT5ForConditionalGeneration",
+}
+"""Values of `model_type` that are supported, and the class of `transformers` that computes each."""
 
 _HF_ACTIVATIONS = {
     "silu": "silu",
@@ -33,8 +42,7 @@ _HF_ACTIVATIONS = {
     "relu": "relu",
 }
 
-# Megatron-Core's RotaryEmbedding has these in its code (0.16 to 0.19); only the factor is an argument.
-_LLAMA3_ROPE = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 _LAYER_COUNTS = {
@@ -95,7 +103,10 @@ class Architecture:
     """`rope`, `learned_absolute` or `relative` (T5's buckets)."""
     rotary_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
-    """None, or llama3's scaling `{"rope_type": "llama3", "factor": ...}`."""
+    """None, or llama3's scaling: rope_type, factor, low_freq_factor, high_freq_factor and
+    original_max_position_embeddings."""
+    qk_norm: bool = False
+    """RMSNorm of each head's query and key, before their rotation."""
     encoder_layers: int = 0
     """Of an encoder-decoder model; 0: there is only a decoder."""
     decoder_start_id: int | None = None
@@ -157,7 +168,9 @@ class Architecture:
 
     def sizes(self) -> dict[str, Any]:
         """Everything but what the folder's config.json said: equal for two models that compute the same function."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "hf_config"}
+        # qk_norm only where it is: checkpoints are older than the field
+        hidden = {"hf_config"} if self.qk_norm else {"hf_config", "qk_norm"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
 
     def check_layout(self, tensor_parallel: int, pipeline_parallel: int, where: str) -> None:
         """Raise InputError when the model cannot be split over so many tensor ranks and pipeline stages."""
@@ -201,6 +214,7 @@ class Architecture:
             "gated_linear_unit": self.gated,
             "add_bias_linear": self.mlp_bias,
             "add_qkv_bias": self.qkv_bias,
+            "qk_layernorm": self.qk_norm,
             "hidden_dropout": 0.0,
             "attention_dropout": 0.0,
         }
@@ -214,10 +228,26 @@ class Architecture:
         }
         if self.position_embedding == "rope":
             arguments["rotary_base"] = self.rotary_base
-            arguments["rope_scaling"] = self.rope_scaling is not None
-            if self.rope_scaling is not None:
-                arguments["rope_scaling_factor"] = self.rope_scaling["factor"]
         return arguments
+
+    def inverse_frequencies(self) -> torch.Tensor:
+        """Radians by which one position turns each pair of a head's numbers, float32 [head_dim / 2].
+
+        base^(-2i / head_dim). Llama 3's scaling divides the frequencies whose wavelength exceeds
+        original_max_position_embeddings / low_freq_factor by `factor`, keeps those whose wavelength is below
+        original_max_position_embeddings / high_freq_factor, and goes linearly in 1 / wavelength between the two
+        (arXiv:2407.21783; the same operations as `transformers`, so that the numbers are equal).
+        """
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu")
+        plain = 1.0 / (self.rotary_base ** (steps / self.head_dim))
+        if self.rope_scaling is None:
+            return plain
+        factor, low, high, original = (self.rope_scaling[name] for name in _LLAMA3_ROPE)
+        wavelength = 2 * math.pi / plain
+        kept = (original / wavelength - low) / (high - low)
+        between = (1 - kept) * plain / factor + kept * plain
+        scaled = torch.where(wavelength > original / low, plain / factor, between)
+        return torch.where(wavelength < original / high, plain, scaled)
 
     def count_parameters(self, padded_vocab_size: int | None = None) -> int:
         """Number of parameters, exactly, with the vocabulary padded to `padded_vocab_size` (default: not padded).
@@ -229,6 +259,7 @@ class Architecture:
         fc1_rows = self.ffn_hidden_size * (2 if self.gated else 1)
         norm = hidden * (2 if self.normalization == "LayerNorm" else 1)
         layer = (qkv_rows + heads * self.head_dim) * hidden + (fc1_rows + self.ffn_hidden_size) * hidden + 2 * norm
+        layer += 2 * self.head_dim * self.qk_norm
         layer += qkv_rows * self.qkv_bias + hidden * self.attention_output_bias + (fc1_rows + hidden) * self.mlp_bias
         table = (padded_vocab_size or self.vocab_size) * hidden
         positions = self.max_position_embeddings * hidden if self.position_embedding == "learned_absolute" else 0
@@ -331,6 +362,7 @@ def _refuse_features(config: Mapping[str, Any], where: str) -> None:
     """Features of the supported families that Megatron-Core's GPTModel or this project lacks."""
     if config.get("quantization_config"):
         raise InputError(f"{where}: quantization_config: quantised weights are not supported; save the model in bf16")
+    _refuse_own_code(config, where)
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
         if (config.get(key) or 0) > 1:
             raise InputError(f"{where}: {key}: mixture-of-experts models are not supported")
@@ -348,6 +380,19 @@ def _refuse_features(config: Mapping[str, Any], where: str) -> None:
             raise InputError(f"{where}: {key}: only {_json(wanted)} is supported, not {_json(config[key])}")
 
 
+def _refuse_own_code(config: Mapping[str, Any], where: str) -> None:
+    """The folder's own Python files are never run; a model that they change would be another one here."""
+    own_classes = config.get("auto_map") or {}
+    for kind in ("AutoModelForCausalLM", "AutoModel"):
+        name = str(own_classes.get(kind, "")) if isinstance(own_classes, Mapping) else str(own_classes)
+        family_class = FAMILIES[config["model_type"]]
+        if name and name.rpartition(".")[2] not in (family_class, family_class.replace("ForCausalLM", "Model")):
+            raise InputError(
+                f"{where}: auto_map: the model's own code ({name}) is not run; if it computes what {family_class} of "
+                "transformers does, remove auto_map"
+            )
+
+
 def _refuse_sliding_window(config: Mapping[str, Any], where: str, family: str, positions: int) -> None:
     """A window counts only where transformers would use it and a sequence can be longer than it."""
     for kind in config.get("layer_types") or ():
@@ -355,7 +400,7 @@ def _refuse_sliding_window(config: Mapping[str, Any], where: str, family: str, p
             raise InputError(f"{where}: layer_types: {kind!r} is not supported, only 'full_attention'")
     if family == "mistral":
         active = True
-    elif family == "qwen2" and not config.get("layer_types"):
+    elif family in ("qwen2", "qwen3") and not config.get("layer_types"):
         active = bool(config.get("use_sliding_window")) and config.get("max_window_layers", 28) < config.get(
             "num_hidden_layers", 0
         )
@@ -369,24 +414,25 @@ def _refuse_sliding_window(config: Mapping[str, Any], where: str, family: str, p
 
 
 def _llama_like(config: Mapping[str, Any], where: str, family: str) -> dict[str, Any]:
-    """Llama, Mistral and Qwen2. Defaults are those of their configuration classes in transformers."""
+    """Llama, Mistral, Qwen2 and Qwen3. Defaults are those of their configuration classes in transformers."""
     hidden = _size(config, "hidden_size", where)
     heads = _size(config, "num_attention_heads", where)
-    default_groups = {"llama": heads, "mistral": 8, "qwen2": 32}[family]
+    default_groups = {"llama": heads, "mistral": 8, "qwen2": 32, "qwen3": 32}[family]
     if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
         default_groups = heads
-    default_positions = {"llama": 2048, "mistral": 131072, "qwen2": 32768}[family]
+    default_positions = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}[family]
     positions = _size(config, "max_position_embeddings", where, default_positions)
     _refuse_sliding_window(config, where, family, positions)
-    base, scaling = _rope(config, where)
-    attention_bias = family == "llama" and bool(config.get("attention_bias"))
+    base, scaling = _rope(config, where, positions)
+    attention_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
+    head_dim = 128 if family == "qwen3" else _divide(hidden, heads, "hidden_size", config, where)
     return {
         "num_layers": _size(config, "num_hidden_layers", where),
         "hidden_size": hidden,
         "ffn_hidden_size": _size(config, "intermediate_size", where),
         "num_attention_heads": heads,
         "num_query_groups": _size(config, "num_key_value_heads", where, default_groups),
-        "head_dim": _size(config, "head_dim", where, _divide(hidden, heads, "hidden_size", config, where)),
+        "head_dim": _size(config, "head_dim", where, head_dim),
         "vocab_size": _size(config, "vocab_size", where),
         "max_position_embeddings": positions,
         "normalization": "RMSNorm",
@@ -400,6 +446,7 @@ def _llama_like(config: Mapping[str, Any], where: str, family: str) -> dict[str,
         "position_embedding": "rope",
         "rotary_base": base,
         "rope_scaling": scaling,
+        "qk_norm": family == "qwen3",
     }
 
 
@@ -478,7 +525,7 @@ def _token(config: Mapping[str, Any], key: str, where: str, default: int) -> int
     return value
 
 
-def _rope(config: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
+def _rope(config: Mapping[str, Any], where: str, positions: int) -> tuple[float, dict[str, Any] | None]:
     """Base and scaling, as transformers 5 writes them (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(key) or {}
@@ -495,12 +542,13 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] 
         return base, None
     if kind != "llama3":
         raise InputError(f"{where}: {key}: type {kind!r} is not supported, only 'default' and 'llama3'")
-    for name, value in _LLAMA3_ROPE.items():
-        if rope.get(name) != value:
-            raise InputError(
-                f"{where}: {key}.{name}: Megatron-Core's llama3 scaling has {value}, not {_json(rope.get(name))}"
-            )
-    return base, {"rope_type": "llama3", "factor": _number(rope, "factor", where)}
+    scaling: dict[str, Any] = {"rope_type": "llama3"}
+    for name in _LLAMA3_ROPE:
+        default = positions if name == "original_max_position_embeddings" else None
+        scaling[name] = _number(rope, name, f"{where}: {key}", default)
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise InputError(f"{where}: {key}: low_freq_factor must be less than high_freq_factor")
+    return base, scaling
 
 
 def _size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:

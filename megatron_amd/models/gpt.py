@@ -185,7 +185,7 @@ def build_gpt(
     model_class: type[CausalLM] = CausalLM,
 ) -> CausalLM:
     """This rank's stage of the model, on the layout's device, with weights yet to be filled."""
-    return model_class(
+    model = model_class(
         config=config,
         transformer_layer_spec=block_spec(config, implementation, layout.pp_rank),
         vocab_size=padded_vocab_size,
@@ -194,6 +194,11 @@ def build_gpt(
         pg_collection=layout.groups,
         **architecture.gpt_model_fields(),
     )
+    if architecture.position_embedding == "rope":
+        # Megatron-Core has Llama 3.1's scaling alone, with all but its factor fixed.
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = architecture.inverse_frequencies().to(rotary.inv_freq.device)
+    return model
 
 
 def global_parameter_name(name: str, model: LanguageModule) -> str:

@@ -104,7 +104,7 @@ def encoder_block_spec(
     """`count` layers of an encoder."""
     layer = _plain_layer(config, implementation)
     layer.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.padding}
-    return _finished(layer, implementation, count)
+    return _finished(layer, config, implementation, count)
 
 
 def decoder_block_spec(
@@ -129,29 +129,35 @@ def decoder_block_spec(
             linear_proj=parts.self_attention.submodules.linear_proj,
         ),
     )
-    return _finished(layer, implementation, count)
+    return _finished(layer, config, implementation, count)
 
 
 def _plain_layer(config: TransformerConfig, implementation: Implementation) -> ModuleSpec:
     if implementation == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     return get_gpt_layer_local_spec(normalization=config.normalization)
 
 
-def _finished(layer: ModuleSpec, implementation: Implementation, count: int) -> TransformerBlockSubmodules:
+def _finished(
+    layer: ModuleSpec, config: TransformerConfig, implementation: Implementation, count: int
+) -> TransformerBlockSubmodules:
     """A block of such layers, with our core attention, which has the rollouts' KV cache, and norms that work under
     sequence parallelism."""
-    parts = layer.submodules
-    parts.self_attention.submodules.core_attention = CoreAttention
+    parts, norm = layer.submodules, SequenceParallelNorm
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
-        return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=TENorm)
-    parts.input_layernorm = parts.pre_mlp_layernorm = SequenceParallelNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=SequenceParallelNorm)
+        norm = TENorm
+    else:
+        parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    attention = parts.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = norm
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 
 def block_spec(config: TransformerConfig, implementation: Implementation, pp_rank: int) -> TransformerBlockSubmodules:
     """The layers of pipeline stage `pp_rank` of a decoder-only model."""
     layer = _plain_layer(config, implementation)
-    return _finished(layer, implementation, get_num_layers_to_build(config, vp_stage=None, pp_rank=pp_rank))
+    return _finished(layer, config, implementation, get_num_layers_to_build(config, vp_stage=None, pp_rank=pp_rank))

@@ -52,6 +52,9 @@ class LeanLayer:
         self.groups: int = attention.num_query_groups_per_partition
         self.head_width: int = config.kv_channels
         self.norms = (_Norm(layer.input_layernorm), _Norm(layer.pre_mlp_layernorm))
+        self.head_norms: tuple[_Norm, _Norm] | None = None
+        if config.qk_layernorm:
+            self.head_norms = (_Norm(attention.q_layernorm), _Norm(attention.k_layernorm))
         self.qkv, self.proj, self.fc1, self.fc2 = (
             Product(linear.weight, linear.bias, pack=pack)
             for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
@@ -65,6 +68,9 @@ class LeanLayer:
         """[T, H] -> [T, H]. angles: cosines and sines [T, 1, 1, hn], the sines of the first half negative."""
         # In each group the queries of its heads, one key, one value.
         mixed = self.qkv(self.norms[0](hidden)).reshape(hidden.shape[0], self.groups, -1, self.head_width)
+        if self.head_norms is not None:
+            for heads, norm in zip((mixed[:, :, :-2], mixed[:, :, -2:-1]), self.head_norms, strict=True):
+                heads.copy_(norm(heads))
         if angles is not None:
             turning = mixed[:, :, :-1]
             swapped = turning.roll(self.head_width // 2, -1)
@@ -148,13 +154,17 @@ def lean_layers(model: LanguageModule, *, pack: bool = False) -> list[LeanLayer]
 
 
 def _is_plain(layer: TransformerLayer) -> bool:
-    """A local layer of self-attention and a dense feed-forward network, without norms of queries or keys."""
+    """A local layer of self-attention and a dense feed-forward network, with norms of queries and keys where the
+    config has them."""
     attention = layer.self_attention
     return (
         isinstance(layer.cross_attention, IdentityOp)
         and isinstance(attention.core_attention, CoreAttention)
         and type(layer.mlp) is MLP
-        and all(norm is None or isinstance(norm, IdentityOp) for norm in (attention.q_layernorm, attention.k_layernorm))
+        and all(
+            (norm is not None and not isinstance(norm, IdentityOp)) == attention.config.qk_layernorm
+            for norm in (attention.q_layernorm, attention.k_layernorm)
+        )
         and type(attention.linear_qkv).__module__.startswith("megatron.core.tensor_parallel")
         and attention.config.num_query_groups % attention.pg_collection.tp.size() == 0
     )

@@ -166,15 +166,28 @@ def build_model(role: str, config: Config, plan: ModelPlan, layout: Layout) -> L
     architecture = architectures[role]
     assert architecture is not None
     transformer = role_transformer_config(role, config, plan, layout)
-    sizes = (architecture, transformer, layout, plan.implementation, plan.padded_vocab_size)
-    model: LanguageModel
-    if architecture.has_encoder:
-        model = build_t5(*sizes, EncoderDecoderCritic if role == "critic" else EncoderDecoderLM)
-    else:
-        model = build_gpt(*sizes, CausalCritic if role == "critic" else CausalLM)
+    model = build_language_model(
+        architecture, transformer, layout, plan.implementation, plan.padded_vocab_size, is_critic=role == "critic"
+    )
     for parameter in model.parameters():  # learned positions are made in fp32 whatever the config says
         parameter.data = parameter.data.to(transformer.params_dtype)
     return model
+
+
+def build_language_model(
+    architecture: Architecture,
+    config: TransformerConfig,
+    layout: Layout,
+    implementation: Implementation,
+    padded_vocab_size: int,
+    *,
+    is_critic: bool = False,
+) -> LanguageModel:
+    """This rank's stage of a model of any family, or of a `TrunkCritic` on it."""
+    sizes = (architecture, config, layout, implementation, padded_vocab_size)
+    if architecture.has_encoder:
+        return build_t5(*sizes, EncoderDecoderCritic if is_critic else EncoderDecoderLM)
+    return build_gpt(*sizes, CausalCritic if is_critic else CausalLM)
 
 
 def build_critic(config: Config, plan: ModelPlan, layout: Layout) -> TrunkCritic | HeadCritic:

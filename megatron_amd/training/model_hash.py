@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from megatron_amd.checkpoint.hf import WeightFiles
+from megatron_amd.checkpoint.hf_files import WeightFiles
 from megatron_amd.config import ModelConfig
 from megatron_amd.errors import InputError
 from megatron_amd.models.roles import role_architecture

@@ -28,6 +28,7 @@ from megatron_amd.models.lean import lean_layers
 from megatron_amd.rollout.generate import generate
 from megatron_amd.rollout.sampling import sample_tokens, uniform
 from tests.distributed.runner import run_distributed
+from tests.hf_models import build_megatron, save_hf_model
 
 VOCAB, PADDED, EOS = 90, 96, tuple(range(1, 90, 8))
 LLAMA = {
@@ -219,6 +220,19 @@ def what_goes_the_lean_way() -> None:
 
 def test_what_goes_the_lean_way():
     run_distributed(what_goes_the_lean_way, 1)
+
+
+def qwen3_goes_the_lean_way(folder: Path) -> None:
+    model, _, _ = build_megatron(folder, ParallelConfig())
+    layers = lean_layers(model)
+    assert layers is not None
+    assert all(layer.head_norms is not None for layer in layers)
+
+
+def test_norms_of_queries_and_keys_go_the_lean_way(tmp_path: Path):
+    """That it gives the same tokens is in test_greedy.py."""
+    save_hf_model("qwen3", tmp_path)
+    run_distributed(qwen3_goes_the_lean_way, 1, tmp_path)
 
 
 def logprob_difference(**settings: Any) -> float:

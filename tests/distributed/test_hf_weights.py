@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_amd.checkpoint.hf import export_hf, load_hf_weights, read_head
+from megatron_amd.checkpoint.hf import check_hf_weights, export_hf, load_hf_weights, read_head
 from megatron_amd.config import ParallelConfig
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
+from megatron_amd.models.architecture import load_architecture
 from megatron_amd.models.critic import CausalCritic
 from megatron_amd.models.gpt import CausalLM, build_gpt
 from tests.distributed.runner import run_distributed
@@ -142,6 +145,44 @@ def test_a_cut_bf16_model_keeps_the_chosen_layers(tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(exported)
     assert model.config.num_hidden_layers == 2
     assert model.dtype == torch.bfloat16
+
+
+def load_what_is_broken(folder: Path) -> str | None:
+    """What each of two tensor-parallel ranks says."""
+    model, architecture, _ = build_megatron(folder, ParallelConfig(tensor_model_parallel_size=2))
+    check_hf_weights(folder, architecture)  # the heads of the files are right
+    try:
+        load_hf_weights(model, folder, architecture)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def test_the_rank_that_reads_a_nan_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["gpt2"], tmp_path, dirs_exist_ok=True)
+    weights = state_dict(tmp_path)
+    weights["transformer.h.2.mlp.c_fc.weight"][3, -1] = float("nan")  # stored [in, out]: in the last rank's rows
+    save_file(weights, tmp_path / "model.safetensors")
+    first, second = run_distributed(load_what_is_broken, 2, tmp_path)
+    assert first is None
+    assert second == (
+        f"{tmp_path}/model.safetensors: tensor transformer.h.2.mlp.c_fc.weight holds NaN or infinite numbers; download "
+        "or copy it again"
+    )
+
+
+def test_tensors_without_a_place_are_refused_before_training(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["qwen2"], tmp_path, dirs_exist_ok=True)
+    architecture = load_architecture(str(tmp_path), None, "student")
+    check_hf_weights(tmp_path, architecture)
+    check_hf_weights(tmp_path, architecture.with_layers((3, 1)), layers=(3, 1))  # the other layers are no strangers
+    save_file({**state_dict(tmp_path), "model.layers.1.self_attn.sinks": torch.ones(4)}, tmp_path / "model.safetensors")
+    for layers in (None, (3, 1)):
+        cut = architecture if layers is None else architecture.with_layers(layers)
+        with pytest.raises(
+            InputError, match=r"holds model\.layers\.1\.self_attn\.sinks, for which config\.json has no"
+        ):
+            check_hf_weights(tmp_path, cut, layers=layers)
 
 
 def export_into_a_file(folder: Path, target: Path) -> str:

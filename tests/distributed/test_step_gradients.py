@@ -62,7 +62,7 @@ STUDENT_FACTORS: dict[str, tuple[str, ...]] = {
     "objective.normalization": ("per_token", "per_sequence"),
     "training.micro_batch_size": ("1", "2", "3", "4"),
     "critic": ("own", "teacher", "pair", "pair prior", "pair plain"),
-    "student": ("untied", "tied"),
+    "student": ("untied", "tied", "qwen3"),
     "use_distributed_optimizer": ("true", "false"),
     "overlap_grad_reduce": ("false", "true"),
     "sequences": ("mixed", "short rank"),
@@ -118,6 +118,8 @@ class Family(NamedTuple):
     teacher: dict[str, Any]
     student: dict[str, Any]
     trunk: dict[str, Any]
+    others: dict[str, dict[str, Any]]
+    """Further students, by name."""
     embedding: str
     layouts: dict[str, tuple[int, int, int, bool]]
 
@@ -126,9 +128,16 @@ DIVISIBLE = {"num_hidden_layers": 4, "num_key_value_heads": 4}
 """By the largest TP and PP."""
 LLAMA = Family(
     {**TEACHER, **DIVISIBLE}, {**STUDENT, **DIVISIBLE}, {**STUDENT, **DIVISIBLE, "hidden_size": 16},
+    {
+        "tied": {**STUDENT, **DIVISIBLE, "tie_word_embeddings": True},
+        "qwen3": {**STUDENT, **DIVISIBLE, "model_type": "qwen3", "head_dim": 8},  # norms of queries and keys
+    },
     "model.embed_tokens.weight", LAYOUTS,
 )  # fmt: skip
-T5 = Family(T5_TEACHER, T5_STUDENT, {**T5_STUDENT, "d_model": 16}, "shared.weight", T5_LAYOUTS)
+T5 = Family(
+    T5_TEACHER, T5_STUDENT, {**T5_STUDENT, "d_model": 16}, {"tied": {**T5_STUDENT, "tie_word_embeddings": True}},
+    "shared.weight", T5_LAYOUTS,
+)  # fmt: skip
 
 
 class Files:
@@ -138,7 +147,8 @@ class Files:
         self.folder, self.layouts = folder, family.layouts
         self.settings = make_files(folder, teacher=family.teacher, student=family.student)
         self.vocab_size = load_file(folder / "teacher" / "model.safetensors")[family.embedding].shape[0] - 2
-        save_model(folder / "tied", {**family.student, "tie_word_embeddings": True}, self.vocab_size + 5, seed=3)
+        for number, (name, student) in enumerate(family.others.items()):
+            save_model(folder / name, student, self.vocab_size + 5 - 2 * number, seed=3 + 2 * number)
         save_model(folder / "trunk", family.trunk, self.vocab_size, seed=4)
         self.settings["critic"]["model"] = {"path": str(folder / "trunk")}
         self.games: dict[tuple[str, str], DenseGame] = {}
@@ -160,7 +170,7 @@ class Files:
             f"parallel.tensor_model_parallel_size={tensor}",
             f"parallel.pipeline_model_parallel_size={pipeline}",
             f"parallel.sequence_parallel={str(sequence).lower()}",
-            f"student.path={self.folder / ('tied' if case.get('student') == 'tied' else 'student')}",
+            f"student.path={self.student_folder(case)}",
             f"training.ddp.use_distributed_optimizer={case['use_distributed_optimizer']}",
             f"training.ddp.overlap_grad_reduce={case.get('overlap_grad_reduce', 'false')}",
             *(
@@ -174,10 +184,14 @@ class Files:
             "critic.optim={learning_rate: 0, weight_decay: 0, clip_grad: 0}",
         )
 
+    def student_folder(self, case: Case) -> Path:
+        student = case.get("student", "untied")
+        return self.folder / ("student" if student == "untied" else student)
+
     def dense(self, case: Case) -> DenseGame:
         student, kind = case.get("student", "untied"), case["sequences"]
         if (student, kind) not in self.games:
-            folders = (self.folder / ("tied" if student == "tied" else "student"), self.folder / "teacher")
+            folders = (self.student_folder(case), self.folder / "teacher")
             game = DenseGame(*folders, self.folder / "trunk", self.vocab_size, fixed_sequences(kind, self.vocab_size))
             self.games[student, kind] = game
         return self.games[student, kind]

@@ -1,4 +1,4 @@
-"""tools/convert_mcore_to_hf.py on a finished run of two ranks."""
+"""tools/convert_mcore_to_hf.py on a finished run of four ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def train_and_export(config: Config, folder: Path) -> None:
     export_hf(trainer.players.student, folder, trainer.plan.student, layout, copy_tokenizer=tokenizer.save_files)
 
 
-def convert(*arguments: Path) -> subprocess.CompletedProcess[str]:
+def convert(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / "convert_mcore_to_hf.py"), *map(str, arguments)],
         capture_output=True,
@@ -43,10 +43,12 @@ def convert(*arguments: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_converted_student_is_the_exported_one(tmp_path: Path) -> None:
     settings = make_files(tmp_path)
-    config = write_config(tmp_path, settings, "training.steps=1", "parallel.tensor_model_parallel_size=2")
-    run_distributed(train_and_export, 2, config, tmp_path / "expected")
-    result = convert(tmp_path / "run", tmp_path / "found")
+    layout = ("parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2")
+    config = write_config(tmp_path, settings, "training.steps=1", *layout)
+    run_distributed(train_and_export, 4, config, tmp_path / "expected")
+    result = convert(tmp_path / "run", tmp_path / "found", "--verify")
     assert result.returncode == 0, result.stderr
+    assert "verified: logits differ from those of transformers by at most " in result.stdout
     expected = sorted(file.name for file in (tmp_path / "expected").iterdir())
     assert sorted(file.name for file in (tmp_path / "found").iterdir()) == expected
     for name in expected:

@@ -71,12 +71,34 @@ def test_rope_is_read_as_transformers_4_and_5_write_it() -> None:
         {**LLAMA, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", **scaling}}, "new"
     )
     assert old == new
-    assert new.rope_scaling == {"rope_type": "llama3", "factor": 8.0}
+    assert new.rope_scaling == {"rope_type": "llama3", **scaling}
     assert new.gpt_model_fields()["rotary_base"] == 500000.0
     plain = Architecture.from_hf({**LLAMA, "rope_scaling": None, "rope_theta": 1e6}, "plain")
     assert plain.rope_scaling is None
     assert plain.rotary_base == 1e6
-    assert plain.gpt_model_fields()["rope_scaling"] is False
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama3-rope", "llama3-other-rope", "mistral", "qwen3"])
+def test_frequencies_are_those_of_transformers(kind: str) -> None:
+    model = make_hf_model(kind)
+    found = Architecture.from_hf(MODELS[kind], kind).inverse_frequencies()
+    assert torch.equal(found, model.model.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("base", [10000.0, 500000.0])
+@pytest.mark.parametrize(("low", "high", "original"), [(1, 4, 8192), (0.5, 2, 100), (3, 3.5, 4096)])
+def test_any_llama3_scaling_is_that_of_transformers(base: float, low: float, high: float, original: int) -> None:
+    scaling = {"factor": 32.0, "low_freq_factor": low, "high_freq_factor": high}
+    scaling["original_max_position_embeddings"] = original
+    settings = {**LLAMA, "head_dim": 128, "rope_parameters": {"rope_type": "llama3", "rope_theta": base, **scaling}}
+    config = transformers.LlamaConfig(**settings)
+    expected, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    assert torch.equal(Architecture.from_hf(settings, "llama").inverse_frequencies(), expected)
+
+
+def test_own_code_that_names_our_class_is_no_obstacle() -> None:
+    config = {**LLAMA, "auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM", "AutoConfig": "c.C"}}
+    assert Architecture.from_hf(config, "llama") == Architecture.from_hf(LLAMA, "llama")
 
 
 def test_a_window_that_no_sequence_reaches_is_no_window() -> None:
@@ -89,8 +111,11 @@ def test_a_window_that_no_sequence_reaches_is_no_window() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "model_type is missing; supported are llama, mistral, qwen2, gpt2"),
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are llama, mistral, qwen2, gpt2"),
+        ({}, "model_type is missing; supported are llama, mistral, qwen2, qwen3, gpt2"),
+        (
+            {"model_type": "mamba"},
+            "model_type 'mamba' is not supported; supported are llama, mistral, qwen2, qwen3, gpt2",
+        ),
         ({**LLAMA, "quantization_config": {"bits": 4}}, "quantization_config: quantised weights are not supported"),
         ({**LLAMA, "num_local_experts": 8}, "num_local_experts: mixture-of-experts models are not supported"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1 is supported, not 0.5"),
@@ -103,8 +128,16 @@ def test_a_window_that_no_sequence_reaches_is_no_window() -> None:
             "rope_scaling: type 'yarn' is not supported, only 'default' and 'llama3'",
         ),
         (
-            {**LLAMA, "rope_parameters": {**MODELS["llama3-rope"]["rope_parameters"], "high_freq_factor": 8.0}},
-            "rope_parameters.high_freq_factor: Megatron-Core's llama3 scaling has 4, not 8.0",
+            {**LLAMA, "rope_parameters": {**MODELS["llama3-rope"]["rope_parameters"], "high_freq_factor": 1.0}},
+            "rope_parameters: low_freq_factor must be less than high_freq_factor",
+        ),
+        (
+            {**LLAMA, "rope_parameters": _without(MODELS["llama3-rope"]["rope_parameters"], "low_freq_factor")},
+            "rope_parameters: low_freq_factor: must be a positive number, not null",
+        ),
+        (
+            {**LLAMA, "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}},
+            "auto_map: the model's own code (modeling_own.OwnForCausalLM) is not run; if it computes what Llama",
         ),
         (
             {**LLAMA, "rope_parameters": {"full_attention": {"rope_type": "default"}}},

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_amd.checkpoint.hf import WeightFiles, read_head
+from megatron_amd.checkpoint.hf import read_head
+from megatron_amd.checkpoint.hf_files import WeightFiles
 from megatron_amd.checkpoint.hf_tensors import model_weights, stage_parameters
 from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import Architecture
@@ -139,6 +140,16 @@ def index_that_lies(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def index_with_too_much(folder: Path) -> None:
+    index_that_lies(folder)
+    index = {"weight_map": {"other": "a.safetensors", "more": "a.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def absent_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+
+
 def missing_tensor(folder: Path) -> None:
     save_file({"model.norm.weight": torch.zeros(32)}, folder / "model.safetensors")
 
@@ -159,7 +170,15 @@ def wrong_shape(folder: Path) -> None:
         (no_weights, " has no model.safetensors; give the folder of a Hugging Face model with its weights"),
         (absent_shard, "index.json: names model-00001-of-00002.safetensors, which is not in the folder"),
         (bad_index, "index.json: has no weight_map"),
-        (index_that_lies, "a.safetensors: is truncated or corrupt ("),
+        (
+            index_that_lies,
+            "a.safetensors: holds other, but model.safetensors.index.json does not say so; download or copy",
+        ),
+        (
+            index_with_too_much,
+            "index.json: says that more is in a.safetensors, which does not hold it; copy both again",
+        ),
+        (absent_index, " has no model.safetensors and no model.safetensors.index.json for its shards; download"),
         (missing_tensor, ": its weights have no tensor lm_head.weight; they are incomplete or not of this config"),
         (wrong_shape, ": tensor lm_head.weight has shape [53, 16], but config.json makes it [53, 32]"),
     ],

@@ -77,7 +77,7 @@ def test_metadata(metadata: Message):
     plain = {re.split(r"[<>=!~\[; ]", text)[0]: text for text in requirements if "extra ==" not in text}
     assert set(plain) == {
         *("torch", "megatron-core", "numpy", "sentencepiece", "datasets", "tensorboard", "transformers"),
-        *("safetensors", "pyarrow", "pyyaml", "psutil", "jinja2", "huggingface_hub"),
+        *("safetensors", "pyarrow", "pyyaml", "psutil", "jinja2", "huggingface_hub", "tqdm"),
     }
     assert "<0.20" in plain["megatron-core"]
     assert ">=0.16.1" in plain["megatron-core"]
@@ -90,7 +90,16 @@ def test_every_third_party_import_is_a_requirement():
     from tests.unit.test_imports import imported_modules
 
     names = {"yaml", "megatron", "megatron_amd", "torch", "numpy", "sentencepiece", "datasets", "tensorboard"}
-    names |= {"transformers", "safetensors", "huggingface_hub", "jinja2", "psutil", "pyarrow", *sys.stdlib_module_names}
+    names |= {
+        "transformers",
+        "safetensors",
+        "huggingface_hub",
+        "jinja2",
+        "psutil",
+        "pyarrow",
+        "tqdm",
+        *sys.stdlib_module_names,
+    }
     optional = {"transformer_engine", "apex", "amp_C"}
     for path in sorted((ROOT / "megatron_amd").rglob("*.py")):
         used = {module.split(".")[0] for module in imported_modules(path.read_text(encoding="utf-8"))} - {""}
