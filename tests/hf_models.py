@@ -130,7 +130,9 @@ def random_tokens(rows: int = 2, length: int = 17) -> Tensor:
 
 @torch.no_grad()
 def hf_logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """[rows, length, V] logits of `transformers`."""
+    """[rows, length, V] logits of `transformers`. T5's encoder and decoder get the same."""
+    if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        return model(input_ids=tokens, labels=tokens).logits
     return model(input_ids=tokens).logits
 
 
