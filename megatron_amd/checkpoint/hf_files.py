@@ -337,8 +337,8 @@ def _check_replaced(folder: Path, is_replaceable: bool, what: str) -> None:
 
 
 def copy_carried(source: Path, target: Path) -> None:
-    """Copy generation settings and tokenizer files."""
-    for name in CARRIED:
+    """Copy generation settings and tokenizer files, sentencepiece models of any name among them."""
+    for name in {*CARRIED, *(file.name for file in source.glob("*.model"))}:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
