@@ -266,6 +266,7 @@ def complete_folder(tmp_path: Path) -> Path:
     torch.manual_seed(3)
     transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings)).bfloat16().save_pretrained(tmp_path / "hf")
     make_hf_tokenizer(tmp_path / "hf", vocab_size=300, generation_eos=[1, 3])
+    (tmp_path / "hf" / "pieces.model").write_bytes(b"sentencepiece")
     return tmp_path / "hf"
 
 
@@ -285,7 +286,7 @@ def test_both_tools_verify_and_carry_the_files_beside_the_weights(complete_folde
         assert first == words
         assert re.match(VERIFIED, second)
     names = {file.name for file in complete_folder.iterdir()}
-    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} < names
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "pieces.model"} < names
     assert {file.name for file in (tmp_path / "back").iterdir()} == names
     for name in names - {"config.json", "model.safetensors"}:
         assert (tmp_path / "back" / name).read_bytes() == (complete_folder / name).read_bytes(), name
