@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 UNIT = ("tests/unit/test_objectives.py", "tests/unit/test_objectives_oracles.py")
 SHARDS = ("tests/distributed/test_objectives.py",)
 STEPS = ("tests/distributed/test_step_gradients.py",)
+T5 = ("tests/distributed/test_t5.py",)
+T5_STEPS = ("tests/distributed/test_step_gradients.py::test_every_gradient_of_a_t5_student_is_the_dense_one",)
 REPLAY = ("tests/distributed/test_replay.py",)
 
 
@@ -222,6 +224,41 @@ FAULTS = (
         ("tests/distributed/test_generate.py",),
     ),
     Fault(
+        "gradients of the stages' position biases not summed",
+        "models/t5.py",
+        "            dist.all_reduce(none if bias is None else bias.weight.main_grad, group=self.pp_group)",
+        "            none = none if bias is None else bias.weight.main_grad",
+        T5_STEPS,
+    ),
+    Fault(
+        "a response that its decoder reads unshifted",
+        "batch.py",
+        "    before = F.pad(responses[:, :-1], (1, 0), value=start_id)\n",
+        "    before = responses\n",
+        T5,
+    ),
+    Fault(
+        "states of a tied T5 not scaled",
+        "models/t5.py",
+        "return decoded * self.output_scale if self.post_process else torch.cat([encoded, decoded])",
+        "return decoded if self.post_process else torch.cat([encoded, decoded])",
+        T5,
+    ),
+    Fault(
+        "one position of a prompt's padding seen",
+        "models/t5.py",
+        "    return (columns >= lengths.clamp(min=1)[:, None])[:, None, None]",
+        "    return (columns > lengths.clamp(min=1)[:, None])[:, None, None]",
+        T5,
+    ),
+    Fault(
+        "a row that sees the rest of the prompt before its own",
+        "models/kv_cache.py",
+        "            self._prompt_lengths[row] = length\n",
+        "            self._prompt_lengths[row] = max(length, self._prompt_lengths[row])\n",
+        T5,
+    ),
+    Fault(
         "the same draw from the buffer in every iteration",
         "rollout/replay.py",
         'self._random(turn.iteration, f"draw {on_policy}"',
@@ -245,8 +282,8 @@ FAULTS = (
     Fault(
         "the last distance forgotten by a resume",
         "rollout/replay.py",
-        'self.probability, self._distance = state["probability"], state["distance"]',
-        'self.probability = state["probability"]',
+        '    self.probability, self._distance = state["probability"], state["distance"]',
+        '    self.probability = state["probability"]',
         REPLAY,
     ),
     Fault(

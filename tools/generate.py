@@ -106,7 +106,7 @@ def _generate(run: Config, options: argparse.Namespace) -> int:
     from megatron_amd.training.progress import ResponsesLine
     from megatron_amd.training.setup import check_models
 
-    folder, role = options.output, options.role
+    folder, role = options.output.expanduser(), options.role
     config = only_role(run, role, world_size_from_environment())
     layout = initialize(config)
     with agreed():

@@ -79,7 +79,10 @@ class Header:
             "model": {name: self.model[name] for name in ("role", "hash")},
             "tokenizer": {"hash": self.tokenizer["hash"]},
             "data": {name: self.data[name] for name in ("fingerprint", "rows")},
-            "sampling": {name: self.sampling[name] for name in (*SAMPLING, "stop_strings", "seed", "precision")},
+            "sampling": {
+                **{name: self.sampling[name] for name in (*SAMPLING, "seed", "precision")},
+                "stop_strings": sorted(set(self.sampling["stop_strings"])),
+            },
             "shard_size": self.shard_size,
         }
 
@@ -109,9 +112,15 @@ def read_header(folder: Path) -> Header:
             ("shard_size", header.shard_size),
             ("rows", header.data["rows"]),
             ("samples_per_prompt", header.samples),
+            ("max_response_length", header.sampling["max_response_length"]),
         ):
             if type(count) is not int or count < 1:  # True is an int too
                 raise ValueError(f"{name} is {count!r}")
+        texts = {"model.path": header.model["path"], "model.role": header.model["role"]}
+        texts |= {f"stop_strings[{i}]": text for i, text in enumerate(header.sampling["stop_strings"])}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise ValueError(f"{name} is {text!r}")
         return header
     except KeyError as error:
         raise InputError(f"{file}: is damaged (has no {error}); {_RESTORE}") from None

@@ -203,23 +203,30 @@ def stopping_rule(tokenizer: Tokenizer, strings: Sequence[str]) -> Callable[[Seq
     """Told the tokens of a text so far, whether its end holds one of the strings; None where there are none."""
     if not strings:
         return None
-    window = max(len(text.encode()) for text in strings) + 4  # a token has at least one byte
+    window = max(len(text.encode()) for text in strings) + 4
 
     def complete(tokens: Sequence[int]) -> bool:
-        text = tokenizer.decode(tokens[-window:])
-        return any(string in text for string in strings)
+        count = window  # tokens have at least one byte, but for special ones
+        while True:
+            text = tokenizer.decode(tokens[-count:])
+            if any(string in text for string in strings):
+                return True
+            if count >= len(tokens) or len(text.encode()) >= window:
+                return False
+            count *= 2
 
     return complete
 
 
 def check_stop_strings(tokenizer: Tokenizer, strings: Sequence[str]) -> None:
-    """Raise InputError for a string that no decoded text can hold, such as a special token's."""
-    for string in strings:
-        if string not in tokenizer.decode(tokenizer.encode(f"a{string}a")):
+    """Raise InputError for a string with a special token, which decoding leaves out of the text."""
+    for id in range(tokenizer.vocab_size if strings else 0):
+        token = tokenizer.token(id)
+        held_by = next((string for string in strings if token and token in string), None)
+        if held_by is not None and not tokenizer.decode([id]):
             raise InputError(
-                f"rollout.stop_strings: {string!r} never appears in text that {tokenizer.source} decodes, which leaves "
-                "out special tokens and may normalise spaces; name a special token in eos_token_id of "
-                "generation_config.json instead"
+                f"rollout.stop_strings: {held_by!r} holds the special token {token!r}, which {tokenizer.source} leaves "
+                "out of decoded text; name the token in eos_token_id of generation_config.json instead"
             )
 
 

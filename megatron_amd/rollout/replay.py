@@ -114,7 +114,9 @@ class Replay:
         return rollouts, sum(turn.iteration - memory.born for memory in memories) / len(memories)
 
     def heed(self, distance: float) -> None:
-        """Told the held-out distance: where it has risen, the student's own sequences are needed more."""
+        """Told the held-out distance: where it has risen, the student's own sequences are needed more (`adaptive`)."""
+        if self._settings.mode != "adaptive":
+            return
         if self._distance is not None and distance > self._distance:
             self.probability = min(1.0, self.probability + _RISE)
         self._distance = distance
@@ -122,22 +124,25 @@ class Replay:
     def state_dict(self) -> dict[str, Any]:
         """All that is kept; equal on all ranks and for every layout."""
         return {
+            "mode": self._settings.mode,
             "probability": self.probability,
             "distance": self._distance,
             "memories": {str(kind): list(memories) for kind, memories in self._memories.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state."""
-        self.probability, self._distance = state["probability"], state["distance"]
+        """Go on from a saved state. What another mode has learnt of distances is nothing to this one."""
+        if state["mode"] == self._settings.mode:
+            self.probability, self._distance = state["probability"], state["distance"]
         for kind, memories in self._memories.items():
             memories[:] = [
                 Memory(born, visit, prompt_id, sample, tuple(prompt), tuple(response))
                 for born, visit, prompt_id, sample, prompt, response in state["memories"][str(kind)]
             ]
+            self._forget(kind)
 
     def _keep(self, on_policy: bool, iteration: int, prompts: Prompts, rollouts: Rollouts) -> None:
-        """Add all replicas' new sequences; the oldest go."""
+        """Add all replicas' new sequences."""
         samples = self._needed[on_policy] // (len(prompts) * self._layout.dp_size)
         rows = prompts.repeat(samples)
         mine = [
@@ -150,8 +155,15 @@ class Replay:
         dist.all_gather_object(of_replicas, mine, group=self._layout.groups.dp)
         memories = self._memories[on_policy]
         memories += sorted(memory for of_replica in of_replicas for memory in of_replica)
-        most = self._needed[on_policy] if self._settings.mode == "steps" else self._settings.capacity
-        del memories[: max(0, len(memories) - most)]
+        self._forget(on_policy)
+
+    def _forget(self, on_policy: bool) -> None:
+        """The oldest go, where there are more than are kept."""
+        memories = self._memories[on_policy]
+        if self._settings.mode in ("replay", "adaptive"):
+            del memories[: max(0, len(memories) - self._settings.capacity)]
+        elif self._settings.mode == "steps":  # the newest batch
+            del memories[: max(0, len(memories) - self._needed[on_policy])]
 
     def _random(self, iteration: int, stream: str, count: int) -> np.ndarray:
         """float64 [count] in [0, 1)."""

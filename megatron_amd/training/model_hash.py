@@ -15,23 +15,26 @@ from megatron_amd.training.first_weights import has_pretrained_weights
 
 _PIECE = 64 * 1024
 """Bytes of a sample."""
+_ONLY_SPEED = ("recompute", "fusion", "overlap", "offload", "deallocate")
+"""In the names of settings of `transformer` that change no number beyond its rounding."""
 _PIECES = 16
 """Samples of a file, evenly spaced from its beginning to its end."""
 
 
 def model_hash(settings: ModelConfig, role: str, seed: int) -> str:
-    """Hash of the sizes that a role's settings describe and of where its first weights come from.
+    """Hash of the model that a role's settings describe and of where its first weights come from.
 
     Of safetensors: the size of each file, its head (names, types and shapes of its tensors) and samples of its bytes.
     A change of all weights, as training makes, is seen; one of a few numbers may not be. The files' names and place do
-    not matter. Of random weights: the seed and the role. Settings of `transformer` are not part of it.
+    not matter. Of random weights: the seed and the role. Of `transformer`: what changes the arithmetic.
 
     Raises:
         InputError: the model's files are missing or cannot be read.
     """
     digest = hashlib.sha256()
     architecture = dataclasses.asdict(role_architecture(settings, role))
-    digest.update(json.dumps([architecture, settings.init.layers], sort_keys=True, default=str).encode())
+    computed = {name: value for name, value in settings.transformer.items() if not any(w in name for w in _ONLY_SPEED)}
+    digest.update(json.dumps([architecture, settings.init.layers, computed], sort_keys=True, default=str).encode())
     if not has_pretrained_weights(settings):
         digest.update(f"{seed}:{role}".encode())
         return digest.hexdigest()

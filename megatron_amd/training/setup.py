@@ -101,12 +101,13 @@ def _warn_of_settings(config: Config, warn: Callable[[str], None]) -> None:
         known = ("mode", *_REUSE_SETTINGS[reuse.mode])
         if field.name not in known and getattr(reuse, field.name) != field.default:
             warn(f"rollout.reuse.{field.name}: changes nothing with rollout.reuse.mode: {reuse.mode}")
-    most = config.training.steps * config.training.global_batch_size * config.rollout.samples_per_prompt
-    if reuse.mode in ("replay", "adaptive") and reuse.capacity > most:
-        until_full = "; adaptive generates in each iteration until it is full" if reuse.mode == "adaptive" else ""
+    iterations = config.training.steps + config.critic.warmup_steps
+    iterations += config.warmup.steps if config.warmup.beta < 1 else 0
+    most = iterations * config.training.global_batch_size * rollout.samples_per_prompt
+    if reuse.mode == "adaptive" and reuse.capacity > most:
         warn(
-            f"rollout.reuse.capacity: {reuse.capacity} sequences are more than the main phase can generate, "
-            f"{most}{until_full}: lower it"
+            f"rollout.reuse.capacity: {reuse.capacity} sequences are more than the run can generate, {most}; adaptive "
+            "generates in each iteration until the buffer is full: lower it"
         )
 
 
@@ -239,7 +240,7 @@ def _compare_ends(config: Config, header: Header, warn: Callable[[str], None]) -
             f"the responses in {rollout.responses} were cut at {how['max_response_length']} tokens, before "
             f"rollout.max_response_length {rollout.max_response_length}: those without an end teach the student none"
         )
-    if list(how["stop_strings"]) != list(rollout.stop_strings):
+    if set(how["stop_strings"]) != set(rollout.stop_strings):
         warn(
             f"the responses in {rollout.responses} end at the texts {how['stop_strings']}, the student's at "
             f"rollout.stop_strings {list(rollout.stop_strings)}"

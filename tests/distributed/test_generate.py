@@ -136,6 +136,23 @@ def test_the_case_is_not_trivial(expected):
 
 
 @pytest.mark.distributed
+def test_a_shard_forbids_its_own_end_tokens():
+    """EOS before `min_response_length`, on each shard of the vocabulary."""
+    ends = (*EOS, VOCAB - 2, VOCAB - 5)  # on both
+
+    def work(tp: int) -> Any:
+        return responses_by_prompt(LLAMA, tp, 1, False, min_response_length=5, eos_ids=ends)
+
+    (expected,) = run_distributed(work, 1, 1)
+    lengths = [len(tokens) for found in expected.values() for tokens, _ in found]
+    assert min(lengths) >= 5
+    assert any(5 <= length < LONGEST for length in lengths), "some do end"
+    for found in run_distributed(work, 2, 2):
+        for prompt, responses in expected.items():
+            assert [tokens for tokens, _ in found[prompt]] == [tokens for tokens, _ in responses]
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("pool", [1, 3, 16])
 @pytest.mark.parametrize(
     ("tp", "pp", "dp", "sequence_parallel"),

@@ -124,7 +124,11 @@ def adaptive() -> None:
     assert game.replay.probability == pytest.approx(0.5)
     again = Replay(ReuseConfig(mode="adaptive", capacity=8), 5, game.layout, NEEDED)
     again.load_state_dict(json.loads(json.dumps(game.replay.state_dict())))
+    assert len(again._memories[True]) == len(game.replay._memories[True])
     again.heed(2.1)
+    other = Replay(ReuseConfig(mode="adaptive", capacity=8, initial_probability=0.4), 5, game.layout, NEEDED)
+    other.load_state_dict({**json.loads(json.dumps(game.replay.state_dict())), "mode": "replay"})
+    assert other.probability == 0.4, "switched on by a resume, it begins as its settings say"
     assert again.probability == pytest.approx(0.6), "the distance before the interruption counts"
     halfway = [game.play(progress=0.5) for _ in range(400)]
     assert sum(student for _, student, _, _ in halfway) == pytest.approx(200, abs=30)
@@ -132,6 +136,16 @@ def adaptive() -> None:
     late = [game.play(progress=1.0) for _ in range(50)]
     assert not any(fresh for fresh, *_ in late)
     assert any(student for _, student, _, _ in late)
+
+
+def smaller() -> None:
+    """A buffer that is made smaller at a resume keeps the newest."""
+    game = Game(mode="replay", fresh=1.0, capacity=40)
+    for _ in range(5):
+        game.play()
+    again = Replay(ReuseConfig(mode="replay", capacity=16), 5, game.layout, NEEDED)
+    again.load_state_dict(json.loads(json.dumps(game.replay.state_dict())))
+    assert [memory.born for memory in again._memories[True]] == [3] * 8 + [4] * 8
 
 
 def filling() -> None:
@@ -159,7 +173,7 @@ def draws() -> None:
     assert all(map(operator.ne, *drawn.values()))
 
 
-@pytest.mark.parametrize("work", [none, steps, steps_with_both_kinds, replay, adaptive, filling, draws])
+@pytest.mark.parametrize("work", [none, steps, steps_with_both_kinds, replay, adaptive, smaller, filling, draws])
 def test_modes(work):
     run_distributed(work, 1)
 

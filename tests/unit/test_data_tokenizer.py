@@ -113,12 +113,24 @@ def test_stop_strings(folder: Path, model_file: Path) -> None:
         assert complete(tokenizer.encode("word " * 50 + "fox"))
 
 
-def test_stop_strings_that_no_text_can_hold(tmp_path: Path) -> None:
+def test_stop_strings_that_no_text_can_hold(tmp_path: Path, model_file: Path) -> None:
     source = make_hf_tokenizer(tmp_path, eos="<|im_end|>")
-    tokenizer = load_tokenizer(str(source))
-    check_stop_strings(tokenizer, ("fox", "\n\n", " a", "</s"))
-    with pytest.raises(InputError, match=r"rollout\.stop_strings: '<\|im_end\|>' never appears in text that"):
-        check_stop_strings(tokenizer, ("fox", "<|im_end|>"))
+    for folder, special in ((source, "<|im_end|>"), (model_file, "</s>")):
+        tokenizer = load_tokenizer(str(folder))
+        check_stop_strings(tokenizer, ("fox", "\n\n", " a", special[:-1], "Q:\n"))
+        check_stop_strings(tokenizer, ())
+        message = rf"rollout\.stop_strings: '{re.escape(special)}\\n' holds the special token '{re.escape(special)}'"
+        with pytest.raises(InputError, match=message):
+            check_stop_strings(tokenizer, ("fox", f"{special}\n"))
+
+
+def test_special_tokens_within_a_stop_string_do_not_hide_it(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(make_hf_tokenizer(tmp_path, eos="<|im_end|>")))
+    complete = stopping_rule(tokenizer, ("fox",))
+    assert complete is not None
+    [*begin, end] = [*tokenizer.encode("f"), *tokenizer.encode("o"), *tokenizer.encode("x")]
+    assert complete([*begin, *[tokenizer.eos_id] * 30, end])
+    assert not complete([*begin, *[tokenizer.eos_id] * 30])
 
 
 def test_saving_keeps_a_generation_config_that_is_there(tmp_path: Path) -> None:

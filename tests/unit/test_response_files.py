@@ -115,6 +115,15 @@ def test_a_header_comes_back_as_it_was(tmp_path: Path) -> None:
             dataclasses.replace(HEADER_OF_THREE, data={**HEADER_OF_THREE.data, "rows": True}).to_json(),
             "{0}/header.json: is damaged (rows is True)",
         ),
+        *(
+            (dataclasses.replace(HEADER_OF_THREE, **changes).to_json(), "{0}/header.json: is damaged (" + what)
+            for changes, what in (
+                ({"sampling": {**SAMPLING, "max_response_length": "8"}}, "max_response_length is '8'"),
+                ({"sampling": {**SAMPLING, "stop_strings": None}}, "'NoneType' object is not iterable"),
+                ({"sampling": {**SAMPLING, "stop_strings": [3]}}, "stop_strings[0] is 3"),
+                ({"model": {"hash": "1" * 64, "role": "teacher"}}, "has no 'path'"),
+            )
+        ),
         (
             dataclasses.replace(HEADER_OF_THREE, sampling={**SAMPLING, "samples_per_prompt": -1}).to_json(),
             "{0}/header.json: is damaged (samples_per_prompt is -1)",
@@ -332,6 +341,10 @@ def test_a_model_is_known_by_its_sizes_and_weights(tmp_path: Path) -> None:
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     hashes.append(model_hash(ModelConfig(path=str(copy)), "teacher", 1))
     hashes.append(model_hash(ModelConfig(path=str(save_model(tmp_path / "other", TEACHER, 300, seed=2))), "teacher", 1))
+    faster = dataclasses.replace(settings, transformer={"recompute_granularity": "full", "bias_dropout_fusion": True})
+    assert model_hash(faster, "teacher", 1) == known
+    scaled = dataclasses.replace(settings, transformer={"softmax_scale": 0.02})
+    hashes.append(model_hash(scaled, "teacher", 1))
     assert len({known, *hashes}) == 1 + len(hashes)
 
 

@@ -13,6 +13,10 @@ from megatron_amd.data.response_files import Header
 from megatron_amd.training.setup import _compare_ends, _shared_tokenizer, _warn_of_settings
 from tests.small_tokenizers import make_hf_tokenizer
 
+ADAPTIVE = (
+    "objective.policy_gradient=per_step", "rollout.reuse.mode=adaptive", "rollout.off_policy=data",
+    "data.response_field=r", "evaluation.prompts=1", "evaluation.interval=1",
+)  # fmt: skip
 PER_STEP = ("objective.policy_gradient=per_step",)
 
 
@@ -47,8 +51,23 @@ def test_models_that_end_their_responses_differently_are_told_of(tmp_path: Path)
         ([*PER_STEP, "rollout.reuse.mode=steps", "rollout.reuse.steps=3"], []),
         ([*PER_STEP, "rollout.reuse.mode=replay", "rollout.reuse.capacity=9", "rollout.reuse.fresh=0.2"], []),
         (
-            [*PER_STEP, "rollout.reuse.mode=replay", "training.steps=3", "training.global_batch_size=6"],
-            ["rollout.reuse.capacity: 1000 sequences are more than the main phase can generate, 18: lower it"],
+            [*ADAPTIVE, "training.steps=3", "critic.warmup_steps=1", "training.global_batch_size=6"],
+            ["rollout.reuse.capacity: 1000 sequences are more than the run can generate, 24; adaptive generates"],
+        ),
+        (
+            [
+                *ADAPTIVE,
+                "training.steps=3",
+                "warmup.steps=1",
+                "warmup.name=kl",
+                "warmup.beta=0.5",
+                "rollout.reuse.capacity=32",
+            ],
+            [],
+        ),
+        (
+            [*ADAPTIVE, "training.steps=3", "warmup.steps=1", "rollout.reuse.capacity=32"],
+            ["rollout.reuse.capacity: 32 sequences are more than the run can generate, 24; adaptive"],
         ),
     ],
 )
