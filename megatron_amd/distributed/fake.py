@@ -97,9 +97,10 @@ def _flash_attention(
 ) -> Tensor:
     """Keeps query, key, value, output and one number a row for the backward pass.
 
-    With a bias that is trained (T5) the scores are kept as well: so it is on a CPU; a GPU's kernels keep fewer.
+    Where only the plain kernel is allowed (a CPU's for T5's trained bias, models/attention.py) the scores are made as
+    well; a GPU's kernels make fewer.
     """
-    if attn_mask is not None and attn_mask.requires_grad:
+    if not torch.backends.cuda.flash_sdp_enabled():
         return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return attend(query, key, value, is_causal=is_causal, attn_mask=attn_mask, scale=scale)[0]
