@@ -294,6 +294,12 @@ class RolloutConfig:
     look_interval: int | None = None
     """Tokens that each sequence is given between two looks of the host, so that a GPU need not wait for it after each;
     what was drawn after a sequence's end is dropped. Unset: 8 on a GPU, 1 on a CPU and with a pipeline."""
+    cuda_graphs: bool = False
+    """On a GPU, record the passes in which every sequence is being written as CUDA graphs and replay them. Not for FP8
+    and T5. Tested on a CPU, where nothing is recorded; not yet run on a GPU, hence off."""
+    release_memory: bool = False
+    """On a GPU, give the memory of a generation's keys and values back to the driver after it. Otherwise PyTorch keeps
+    it for what follows in the same process."""
 
 
 @dataclass(frozen=True, kw_only=True)

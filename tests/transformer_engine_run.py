@@ -1,6 +1,6 @@
 """Builds models as on a GPU with Transformer Engine, whose stand-in it uses, and prints as JSON what they are like.
 
-python -m tests.transformer_engine_run MODEL_FOLDER
+python -m tests.transformer_engine_run LLAMA_FOLDER GPT2_FOLDER
 """
 
 # ruff: noqa: E402
@@ -23,6 +23,7 @@ from megatron_amd.distributed.layout import Layout
 from megatron_amd.models.architecture import load_architecture
 from megatron_amd.models.gpt import CausalLM, build_gpt, transformer_config
 from megatron_amd.models.layer_specs import block_spec
+from megatron_amd.models.lean import lean_layers
 from megatron_amd.rollout.generate import generate
 
 # isort: split
@@ -105,22 +106,35 @@ def roll_out_after_a_change(folder: str, layout: Layout) -> dict[str, Any]:
     }
 
 
-def respond(model: CausalLM, layout: Layout) -> list[list[int]]:
+def roll_out_without_fp8(folder: str, layout: Layout) -> dict[str, Any]:
+    """Responses of both kinds of layers, and whether each goes the lean way in fp32 and in FP8."""
+    local, engine = (build(folder, FP32, layout, name) for name in ("local", "transformer_engine"))
+    fp8 = build(folder, TrainingConfig(precision="fp8"), layout, "transformer_engine")
+    return {
+        "local": respond(local, layout, 50, temperature=1.0),
+        "engine": respond(engine, layout, 50, temperature=1.0),
+        "lean": [lean_layers(model) is not None for model in (local, engine, fp8)],
+    }
+
+
+def respond(model: CausalLM, layout: Layout, vocab_size: int = 200, temperature: float = 0.0) -> list[list[int]]:
     prompts = Prompts(ids=(0, 1, 2), visits=(0, 0, 0), tokens=((5, 6, 7), (8, 9), (10, 11, 12, 13, 14)))
     rollouts = generate(
-        model, prompts, layout=layout, vocab_size=200, eos_ids=(3,), seed=1, max_response_length=6, temperature=0.0
-    )
+        model, prompts, layout=layout, vocab_size=vocab_size, eos_ids=(3,), seed=1, max_response_length=6,
+        temperature=temperature,
+    )  # fmt: skip
     return rollouts.responses()
 
 
 if __name__ == "__main__":
     layout = initialize(Config())
-    folder = sys.argv[1]
+    folder, other = sys.argv[1:]
     facts = {
         "spec": describe_spec(folder, layout),
         "recipes": describe_recipes(folder, layout),
         "model": compare_with_local(folder, layout),
         "rollouts": roll_out_after_a_change(folder, layout),
+        "without fp8": [roll_out_without_fp8(each, layout) for each in (folder, other)],
     }
     shutdown()
     print(json.dumps(facts))

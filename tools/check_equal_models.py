@@ -53,7 +53,7 @@ from megatron_amd.distributed.quiet import silence_known_warnings
 from megatron_amd.distributed.schedule import forward_backward
 from megatron_amd.errors import InputError
 from megatron_amd.models.roles import ModelPlan, plan_models
-from megatron_amd.training.collect import OFF, ON, make_batch, off_policy_responses, student_responses
+from megatron_amd.training.collect import OFF, ON, make_batch, off_policy_responses, student_responses, ways_of_working
 from megatron_amd.training.optimizer import Optimization, build_optimization, wrap_for_training
 from megatron_amd.training.players import Players, build_players, enter_critic
 from megatron_amd.training.steps import critic_step, measure, student_step
@@ -141,10 +141,7 @@ def settings(options: argparse.Namespace) -> tuple[Config, str]:
         evaluation=EvaluationConfig(),
         rollout=RolloutConfig(  # the models' own samples, however the run draws
             max_response_length=min(config.rollout.max_response_length, RESPONSE_TOKENS),
-            batch_size=config.rollout.batch_size,
-            pass_tokens=config.rollout.pass_tokens,
-            cache_tokens=config.rollout.cache_tokens,
-            look_interval=config.rollout.look_interval,
+            **ways_of_working(config.rollout),
         ),
         training=replace(config.training, optim=still, global_batch_size=world_size_from_environment()),
     )

@@ -101,7 +101,7 @@ def _generate(run: Config, options: argparse.Namespace) -> int:
     from megatron_amd.distributed.initialize import agreed, initialize, world_size_from_environment
     from megatron_amd.models.roles import build_model
     from megatron_amd.rollout.response_files import prepare_folder, share_of, write_responses
-    from megatron_amd.training.collect import noise_seed
+    from megatron_amd.training.collect import noise_seed, ways_of_working
     from megatron_amd.training.first_weights import fill_model, freeze
     from megatron_amd.training.progress import ResponsesLine
     from megatron_amd.training.setup import check_models
@@ -147,10 +147,7 @@ def _generate(run: Config, options: argparse.Namespace) -> int:
             vocab_size=plan.vocab_size,
             report=None if line is None else line.show,
             seed=noise_seed(config.run.seed, role),
-            batch_size=config.rollout.batch_size,
-            pass_tokens=config.rollout.pass_tokens,
-            cache_tokens=config.rollout.cache_tokens,
-            look_interval=config.rollout.look_interval,
+            **ways_of_working(config.rollout),
         )  # fmt: skip
     finally:
         if line is not None:

@@ -7,12 +7,15 @@ of a row always holds position j, so that a row's result does not depend on its 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from megatron_amd.distributed.transfer import to_device
 
 _BLOCK_ROWS = 8
 """Decoding rows that attend together on a CPU, over as many columns as the longest of them needs."""
@@ -159,15 +162,15 @@ class KVCache:
             positions += range(start, start + length)
         rows += [self.rows - 1] * fillers
         positions += [self.max_length - 1] * fillers
-        self.row_index, self.positions = torch.tensor([rows, positions], dtype=torch.int64).to(self.device)
+        self.row_index, self.positions = to_device([rows, positions], self.device)
 
     def expect_prompts(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> None:
         """Announce the prompts that the encoder reads in the coming pass, after `expect`."""
         width = max(map(len, prompts), default=0)
         padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
-        self.prompts = torch.tensor(padded, dtype=torch.int64).view(len(prompts), width).to(self.device)
+        self.prompts = to_device(padded, self.device).view(len(prompts), width)
         lengths = [len(prompt) for prompt in prompts]
-        self.prompt_rows, self.new_lengths = torch.tensor([rows, lengths], dtype=torch.int64).to(self.device)
+        self.prompt_rows, self.new_lengths = to_device([rows, lengths], self.device)
         for row, length in zip(rows, lengths, strict=True):
             self._prompt_lengths[row] = length
         self.longest_prompt = max(1, *self._prompt_lengths[: self.first_rows])
@@ -177,7 +180,7 @@ class KVCache:
         """[first_rows, 1, 1, columns]: 0 at a row's prompt, -inf beyond. The same for every layer."""
         if self._prompt_bias is None or self._prompt_bias.dtype != dtype:
             # A row without a prompt sees column 0, so that nothing is NaN.
-            lengths = torch.tensor(self._prompt_lengths[: self.first_rows], device=self.device).clamp_(min=1)
+            lengths = to_device(self._prompt_lengths[: self.first_rows], self.device).clamp_(min=1)
             beyond = torch.arange(self.longest_prompt, device=self.device) >= lengths[:, None]
             self._prompt_bias = torch.zeros(beyond.shape, dtype=dtype, device=self.device)
             self._prompt_bias.masked_fill_(beyond, -torch.inf)
@@ -216,8 +219,8 @@ class KVCache:
             slice(segments[0].row, segments[-1].row + 1),
             end - first,
             longest,
-            torch.tensor(places, dtype=torch.int64).to(self.device),
-            torch.tensor(real, dtype=torch.int64).to(self.device),
+            to_device(places, self.device),
+            to_device(real, self.device),
         )
 
     def _add_block(self, block: slice, span: int) -> None:
@@ -247,6 +250,28 @@ class KVCache:
         for layer in self.layers:
             if layer.buffer is not None:
                 layer.buffer[:, target] = layer.buffer[:, source]
+
+    def fixed_view(self, rows: int, columns: int, positions: Tensor) -> KVCache:
+        """The same keys and values, for passes of one shape: rows 0 to rows - 1 decode and look at `columns` columns.
+
+        Args:
+            positions: int64 [rows], of their tokens; may be changed in place between passes, before `renew`.
+        """
+        assert all(layer.buffer is not None for layer in self.layers), "a prompt has been read"
+        view = copy.copy(self)
+        view.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in view.layers:
+            layer.owner = view
+        view.decoding = view.first_rows = rows
+        view.segments, view.bundles, view.in_order = (), [], True
+        view.span, view.blocks = columns, [(slice(0, rows), columns)]
+        view.row_index, view.positions = torch.arange(rows, device=self.device), positions
+        view.renew()
+        return view
+
+    def renew(self) -> None:
+        """Positions have changed in place."""
+        self._bias = None
 
     @contextmanager
     def attached(self) -> Iterator[None]:

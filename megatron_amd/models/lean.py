@@ -3,8 +3,8 @@
 A token's way through Megatron-Core's local layers takes longer in Python and in small operations than in its matrix
 products: autograd functions around every product, angles made anew in every layer. Generation takes this way instead.
 It is the same arithmetic (tests/distributed/test_generate.py holds it against the modules) on the modules' own
-parameters. Layers of Transformer Engine, and settings that change what a layer computes, keep the
-modules: `lean_layers` says which stages can go this way.
+parameters, those of Megatron-Core's local layers or of Transformer Engine's. FP8, and settings that change what a layer
+computes, keep the modules: `lean_layers` says which stages can go this way.
 
 Shapes: T tokens of a flat pass (kv_cache.py), H hidden size, np query heads and ng key-value heads on this rank, hn
 numbers a head.
@@ -13,6 +13,7 @@ numbers a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,8 +40,12 @@ _PLAIN: dict[str, Any] = {
     "experimental_attention_variant": None, "cpu_offloading": False,
 }  # fmt: skip
 """Fields of TransformerConfig that change what a layer computes, and their values here."""
+_LINEAR = ("megatron.core.tensor_parallel", "megatron.core.extensions.transformer_engine")
+"""Modules whose linear layers are a product with `weight` and `bias`, and perhaps a norm before it."""
 _PACKED_TOKENS = 256
 """Tokens up to which a CPU's products with a packed weight are the faster ones."""
+
+Norm = Callable[[Tensor], Tensor]
 
 
 class LeanLayer:
@@ -51,12 +56,15 @@ class LeanLayer:
         self.core: CoreAttention = attention.core_attention
         self.groups: int = attention.num_query_groups_per_partition
         self.head_width: int = config.kv_channels
-        self.norms = (_Norm(layer.input_layernorm), _Norm(layer.pre_mlp_layernorm))
-        self.head_norms: tuple[_Norm, _Norm] | None = None
+        self.norms = (
+            _norm_before(attention.linear_qkv, layer.input_layernorm),
+            _norm_before(mlp.linear_fc1, layer.pre_mlp_layernorm),
+        )
+        self.head_norms: tuple[Norm, Norm] | None = None
         if config.qk_layernorm:
-            self.head_norms = (_Norm(attention.q_layernorm), _Norm(attention.k_layernorm))
+            self.head_norms = (_norm(attention.q_layernorm), _norm(attention.k_layernorm))
         self.qkv, self.proj, self.fc1, self.fc2 = (
-            Product(linear.weight, linear.bias, pack=pack)
+            Product(linear.weight, _bias(linear), pack=pack)
             for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
         )
         self.gated: bool = config.gated_linear_unit
@@ -127,19 +135,31 @@ def _can_pack(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class _Norm:
+def _bias(linear: nn.Module) -> Tensor | None:
+    """Where there is none, Transformer Engine has an empty tensor."""
+    bias: Any = linear.bias
+    return bias if bias is not None and bias.numel() else None
+
+
+def _norm(module: nn.Module) -> Norm:
     """A norm module, RMSNorm without what calling a module costs."""
+    if type(module) is not nn.RMSNorm:
+        return module
+    return partial(_rms_norm, list(module.normalized_shape), module.weight, module.eps)
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.settings: tuple[Any, ...] | None = None
-        if type(module) is nn.RMSNorm:
-            self.settings = (list(module.normalized_shape), module.weight, module.eps)
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        if self.settings is None:
-            return self.module(inputs)  # type: ignore[no-any-return]
-        return torch.rms_norm(inputs, *self.settings)
+def _norm_before(linear: Any, module: nn.Module) -> Norm:
+    """The norm of a product's inputs: inside the linear layer, as Transformer Engine has it, or the module."""
+    scale, shift = (getattr(linear, f"layer_norm_{name}", None) for name in ("weight", "bias"))
+    if scale is None:
+        return _norm(module)
+    if shift is None:
+        return partial(_rms_norm, list(scale.shape), scale, linear.eps)
+    return partial(F.layer_norm, normalized_shape=list(scale.shape), weight=scale, bias=shift, eps=linear.eps)
+
+
+def _rms_norm(shape: list[int], weight: Tensor, eps: float | None, inputs: Tensor) -> Tensor:
+    return torch.rms_norm(inputs, shape, weight, eps)
 
 
 def lean_layers(model: LanguageModule, *, pack: bool = False) -> list[LeanLayer] | None:
@@ -154,8 +174,8 @@ def lean_layers(model: LanguageModule, *, pack: bool = False) -> list[LeanLayer]
 
 
 def _is_plain(layer: TransformerLayer) -> bool:
-    """A local layer of self-attention and a dense feed-forward network, with norms of queries and keys where the
-    config has them."""
+    """Self-attention and a dense feed-forward network, of Megatron-Core's or Transformer Engine's linear layers, with
+    norms of queries and keys where the config has them."""
     attention = layer.self_attention
     return (
         isinstance(layer.cross_attention, IdentityOp)
@@ -165,25 +185,22 @@ def _is_plain(layer: TransformerLayer) -> bool:
             (norm is not None and not isinstance(norm, IdentityOp)) == attention.config.qk_layernorm
             for norm in (attention.q_layernorm, attention.k_layernorm)
         )
-        and type(attention.linear_qkv).__module__.startswith("megatron.core.tensor_parallel")
+        and type(attention.linear_qkv).__module__.startswith(_LINEAR)
         and attention.config.num_query_groups % attention.pg_collection.tp.size() == 0
     )
 
 
-def lean_forward(
-    model: CausalLM, layers: Sequence[LeanLayer], tokens: Tensor, positions: Tensor, received: Tensor | None
-) -> Tensor:
-    """What `model` computes of a flat pass whose cache is attached.
+def lean_forward(model: CausalLM, layers: Sequence[LeanLayer], hidden: Tensor, positions: Tensor) -> Tensor:
+    """What the layers of `model` and its final norm make of a flat pass whose cache is attached.
 
     Args:
-        tokens: int64 [T].
+        hidden: [T, 1, H] of the embedding or of the stage before.
         positions: int64 [T].
-        received: [T, 1, H] of the stage before; None on the first.
 
     Returns:
         [T, 1, H], on the last stage after the final norm.
     """
-    hidden = (model.embedding(tokens[None], positions[None]) if received is None else received)[:, 0]
+    hidden = hidden[:, 0]
     angles = model.rotary_angles(positions[None])
     turned = None
     if angles is not None:  # [T, 1, 1, hn]

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from megatron_amd.batch import Prompts, Rollouts
 from megatron_amd.distributed.layout import Layout
+from megatron_amd.distributed.transfer import to_device
 from megatron_amd.errors import InputError
 from megatron_amd.models.gpt import CausalLM
 from megatron_amd.models.kv_cache import KVCache, kv_cache
 from megatron_amd.models.lean import LeanLayer, Product, lean_forward, lean_layers
 from megatron_amd.models.roles import LanguageModel
 from megatron_amd.models.t5 import EncoderDecoderLM
+from megatron_amd.rollout.decode_graphs import DecodeGraphs
 from megatron_amd.rollout.pool import Pass, Pool, Response
 from megatron_amd.rollout.sampling import mixture, sample_tokens, token_log_probs, uniform
 
@@ -73,6 +75,14 @@ class Generator:
     """The LM head, on the last stage."""
     layers: list[LeanLayer] | None
     """The stage's layers, where passes go through them; None: through the model."""
+    graphs: list[DecodeGraphs] | None = None
+    """For each pool, where passes that only decode are replayed."""
+
+    def rows_of_graph(self, pool: int, coming: Pass) -> int:
+        """Rows of the graph that a pass is; 0: it is none."""
+        if self.graphs is None or coming.segments or coming.prompts:
+            return 0
+        return self.graphs[pool].rows(coming.decoding)
 
 
 def generate(
@@ -95,6 +105,7 @@ def generate(
     pass_tokens: int = 1024,
     cache_tokens: int | None = None,
     look_interval: int | None = None,
+    cuda_graphs: bool = False,
     mixed_with: tuple[nn.Module, float] | None = None,
     is_complete: Callable[[Sequence[int]], bool] | None = None,
     report: Callable[[int, int], None] | None = None,
@@ -127,6 +138,7 @@ def generate(
         look_interval: tokens that each response is given between two looks of the host, where no prompt is being read,
             so that a GPU need not wait for the host after each; what was drawn after a response's end is dropped.
             Unset: 8 on a GPU, 1 on a CPU. With a pipeline always 1.
+        cuda_graphs: replay passes in which every row writes (decode_graphs.py), where layers go the lean way.
         mixed_with: (another model of the same layout and vocabulary, its share): tokens are drawn from
             (1 - share) * model + share * other, both at `temperature`.
         is_complete: told a response's tokens so far, whether it ends here (stop strings).
@@ -171,7 +183,7 @@ def generate(
             [rows.visits[number] for number in numbers],
             [len(response.tokens) + step for response in coming.responses],
         ]
-        return uniform(sampling.seed, *torch.tensor(columns, dtype=torch.int64).to(layout.device))
+        return uniform(sampling.seed, *to_device(columns, layout.device))
 
     # Neighbours of like length share their attention's columns; the order changes no result.
     order = sorted(range(len(rows)), key=lambda number: len(rows.tokens[number]))
@@ -183,8 +195,11 @@ def generate(
         generators = []
         for generating, share in models:
             stack.enter_context(generation_mode(generating))
-            pack = max_response_length >= _PACK_FROM
-            generators.append(make_generator(generating, share, sizes, longest, max_response_length, layout, pack=pack))
+            made = make_generator(
+                generating, share, sizes, longest, max_response_length, layout,
+                pack=max_response_length >= _PACK_FROM, cuda_graphs=cuda_graphs,
+            )  # fmt: skip
+            generators.append(made)
         start_id = getattr(models[0][0], "decoder_start_id", None)
         pools = [
             Pool(queue, size, [generator.caches[number] for generator in generators], pass_tokens, ended, start_id)
@@ -222,8 +237,9 @@ def make_generator(
     layout: Layout,
     *,
     pack: bool = False,
+    cuda_graphs: bool = False,
 ) -> Generator:
-    """With a cache for each pool. sizes: rows of each pool; pack: see `Product`."""
+    """With a cache for each pool. sizes: rows of each pool; pack: see `Product`; cuda_graphs: see `generate`."""
     spare = int(token_multiple(model) > 1)  # a row for fillers
     lengths = (
         (response_length, prompt_length)
@@ -232,7 +248,11 @@ def make_generator(
     )
     caches = [kv_cache(model, size + spare, lengths[0], layout.device, lengths[1]) for size in sizes]
     head = Product(model.head_weight(), pack=pack) if layout.is_last_stage else None
-    return Generator(model, share, caches, head, lean_layers(model, pack=pack))
+    layers, graphs = lean_layers(model, pack=pack), None
+    if cuda_graphs and layers is not None:
+        assert isinstance(model, CausalLM)
+        graphs = [DecodeGraphs(model, layers, cache) for cache in caches]
+    return Generator(model, share, caches, head, layers, graphs)
 
 
 def unwrap(model: nn.Module) -> LanguageModel:
@@ -347,8 +367,7 @@ def run(
             if following is not None:
                 coming = pools[following].coming
                 assert coming is not None
-                count = padded_count(coming, generators)
-                shapes = [(count, 1, generator.model.config.hidden_size) for generator in generators]
+                shapes = [(padded_count(g, following, coming), 1, g.model.config.hidden_size) for g in generators]
             expected = 0 if last is None else len(pools[last].coming.responses)  # type: ignore[union-attr]
             received, drawn = _exchange(outputs, drawn, shapes, expected, generators, layout)
         if last is not None:
@@ -427,10 +446,10 @@ def _exchange(
     return received, drawn
 
 
-def padded_count(coming: Pass, generators: Sequence[Generator]) -> int:
-    """Tokens of the pass with fillers."""
-    multiple = max(token_multiple(generator.model) for generator in generators)
-    return -(-coming.size // multiple) * multiple
+def padded_count(generator: Generator, pool: int, coming: Pass) -> int:
+    """Tokens of a model's pass over a pool with fillers."""
+    multiple = token_multiple(generator.model)
+    return generator.rows_of_graph(pool, coming) or -(-coming.size // multiple) * multiple
 
 
 def stage_pass(
@@ -448,20 +467,29 @@ def stage_pass(
         following: int64 [T], tokens that come after those of the pass, which has been made and only decodes.
     """
     model, cache = generator.model, generator.caches[pool]
-    fillers = -coming.size % token_multiple(model)
-    if following is None:
+    fillers = padded_count(generator, pool, coming) - coming.size
+    rows = generator.rows_of_graph(pool, coming)
+    if following is not None:
+        cache.advance()
+        tokens = F.pad(following, (0, fillers))
+    elif rows:  # those that are free take part
+        cache.expect([*coming.decoding, *((row, 0) for row in range(coming.size, rows))], [])
+        tokens = to_device(coming.tokens + [0] * fillers, layout.device)
+    else:
         cache.expect(coming.decoding, coming.segments, fillers)
         if isinstance(model, EncoderDecoderLM):
             cache.expect_prompts(coming.prompts, coming.prompt_rows)
-        tokens = torch.tensor(coming.tokens + [0] * fillers, dtype=torch.int64).to(layout.device)
-    else:
-        cache.advance()
-        tokens = F.pad(following, (0, fillers))
+        tokens = to_device(coming.tokens + [0] * fillers, layout.device)
+    if generator.layers is None:
+        with cache.attached():
+            return model.flat_pass(tokens, cache, received).contiguous()
+    hidden = model.embedding(tokens[None], cache.positions[None]) if received is None else received
+    if rows:
+        assert generator.graphs is not None
+        return generator.graphs[pool].run(hidden)
+    assert isinstance(model, CausalLM)
     with cache.attached():
-        if generator.layers is not None:
-            assert isinstance(model, CausalLM)
-            return lean_forward(model, generator.layers, tokens, cache.positions, received)
-        return model.flat_pass(tokens, cache, received).contiguous()
+        return lean_forward(model, generator.layers, hidden, cache.positions)
 
 
 def draw(
@@ -480,7 +508,7 @@ def draw(
         uniforms: float64 [M].
         step: tokens that were drawn in the pass before these.
     """
-    places = torch.tensor(coming.drawn, dtype=torch.int64).to(layout.device)
+    places = to_device(coming.drawn, layout.device)
     heads = [generator.head for generator in generators if generator.head is not None]
     logits = [head(output[places, 0]) for output, head in zip(outputs, heads, strict=True)]
     rows = heads[0].weight.shape[0]
@@ -488,9 +516,9 @@ def draw(
     forbidden = None
     early = [len(response.tokens) + step < sampling.min_response_length for response in coming.responses]
     if any(early):
-        eos = torch.tensor(sampling.eos_ids, dtype=torch.int64, device=layout.device)
+        eos = to_device(sampling.eos_ids, layout.device)
         ids = torch.arange(start, start + rows, device=layout.device)
-        forbidden = torch.isin(ids, eos) & torch.tensor(early, device=layout.device)[:, None]
+        forbidden = torch.isin(ids, eos) & to_device(early, layout.device, torch.bool)[:, None]
     shards: dict[str, Any] = {
         "vocab_size": sampling.vocab_size, "shard_start": start, "group": layout.groups.tp
     }  # fmt: skip

@@ -51,8 +51,7 @@ def uniform(seed: int, prompt_ids: Tensor, sample_index: Tensor, visits: Tensor,
     Returns:
         float64, of the shape to which the arguments broadcast: odd multiples of 2**-53.
     """
-    state = torch.tensor(_signed(seed), dtype=torch.int64, device=prompt_ids.device)
-    state = _mix(state + _GOLDEN)
+    state = _mix(torch.full((), _signed(seed), dtype=torch.int64, device=prompt_ids.device) + _GOLDEN)
     for argument in (prompt_ids, sample_index, visits, positions):
         state = _mix(state + argument + _GOLDEN)
     return (_shift_right(state, 12).double() + 0.5) * 2.0**-52

@@ -18,7 +18,7 @@ from megatron_amd.batch import (
     make_encoder_decoder_microbatches,
     make_microbatches,
 )
-from megatron_amd.config import Config
+from megatron_amd.config import Config, RolloutConfig
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.distributed.schedule import forward_states
 from megatron_amd.models.layer_specs import fp8_multiple
@@ -54,21 +54,27 @@ def respond(
     """Responses of one of the models, with the noise of a stream; `sampling` goes to `generate`."""
     rollout = players.config.rollout
     count = len(prompts) * sampling.get("samples_per_prompt", 1)
-    return generate(
+    rollouts = generate(
         model,
         prompts,
         layout=players.layout,
         vocab_size=players.vocabulary.size,
         eos_ids=eos_ids,
         seed=noise_seed(players.config.run.seed, stream),
-        batch_size=rollout.batch_size,
-        pass_tokens=rollout.pass_tokens,
-        cache_tokens=rollout.cache_tokens,
-        look_interval=rollout.look_interval,
+        **ways_of_working(rollout),
         is_complete=players.is_complete,
         report=None if generating is None else generating(stream, count),
         **sampling,
     )
+    if rollout.release_memory:
+        torch.cuda.empty_cache()
+    return rollouts
+
+
+def ways_of_working(rollout: RolloutConfig) -> dict[str, Any]:
+    """Those of `generate`'s settings that change its speed and memory and no response."""
+    names = ("batch_size", "pass_tokens", "cache_tokens", "look_interval", "cuda_graphs")
+    return {name: getattr(rollout, name) for name in names}
 
 
 def student_responses(

@@ -260,7 +260,7 @@ class _Stage:
                 noise = torch.full((len(coming.responses),), 0.5, dtype=torch.float64, device=self.layout.device)
                 received = None
                 if not self.layout.is_first_stage:
-                    count = padded_count(coming, [generator])
+                    count = padded_count(generator, 0, coming)
                     shape = (count, 1, model.config.hidden_size)
                     received = torch.zeros(shape, dtype=model.config.params_dtype, device=self.layout.device)
                 hidden = stage_pass(generator, 0, coming, self.layout, received)

@@ -77,6 +77,30 @@ def test_rollouts_after_a_step_use_the_new_weights(precision: str, tmp_path: Pat
     assert found["responses"] == found["fresh responses"]
 
 
+def test_graphs_change_no_token(tmp_path: Path) -> None:
+    make_run(tmp_path, "fp32")
+    found = in_a_new_process(roll_out_with_and_without_graphs, tmp_path)
+    assert found["graphs"] == found["plain"]
+    assert len({token for response in found["plain"] for token in response}) > 10
+
+
+def roll_out_with_and_without_graphs(folder: Path) -> dict[str, Any]:
+    from megatron_amd.config import load_config
+    from megatron_amd.distributed.initialize import initialize, shutdown
+    from megatron_amd.training.setup import set_up
+
+    config = load_config(folder / "run.yaml", ["evaluation.prompts=0"])
+    layout = initialize(config)
+    trainer, _ = set_up(config, layout)
+    student = trainer.players.student
+    found = {
+        name: respond(student, layout, cuda_graphs=name == "graphs", batch_size=12, max_response_length=24)
+        for name in ("plain", "graphs")
+    }
+    shutdown()
+    return found
+
+
 def roll_out_around_a_step(folder: Path) -> dict[str, Any]:
     """Log-probabilities after each prompt, as a rollout computes them, before and after an iteration of training.
 
@@ -126,12 +150,12 @@ def log_probs(model: Any, layout: Any) -> torch.Tensor:
     coming = Pass([token for row in rows for token in row], [], segments, [], [])
     last = torch.tensor([len(row) for row in rows], device=layout.device).cumsum(0) - 1
     with generation_mode(model):
-        generator = make_generator(model, 1.0, [len(rows)], 32, layout)
+        generator = make_generator(model, 1.0, [len(rows)], 16, 16, layout)
         hidden = stage_pass(generator, 0, coming, layout)[last, 0]
         return (hidden @ model.head_weight().t()).float().log_softmax(dim=-1).cpu()
 
 
-def respond(model: Any, layout: Any) -> list[list[int]]:
+def respond(model: Any, layout: Any, **settings: Any) -> list[list[int]]:
     """Greedy responses."""
     from megatron_amd.batch import Prompts
     from megatron_amd.rollout.generate import generate
@@ -139,9 +163,8 @@ def respond(model: Any, layout: Any) -> list[list[int]]:
     rows = prompts()
     numbers = tuple(range(len(rows)))
     asked = Prompts(ids=numbers, visits=(0,) * len(rows), tokens=tuple(tuple(row) for row in rows))
-    rollouts = generate(
-        model, asked, layout=layout, vocab_size=250, eos_ids=(0,), seed=1, max_response_length=8, temperature=0.0
-    )
+    defaults = {"vocab_size": 250, "eos_ids": (0,), "seed": 1, "max_response_length": 8, "temperature": 0.0}
+    rollouts = generate(model, asked, layout=layout, **(defaults | settings))
     return rollouts.responses()
 
 

@@ -21,6 +21,7 @@ from megatron_amd.rollout.generate import Generator, padded_count
 from megatron_amd.rollout.pool import Pass
 from megatron_amd.training.collect import padded_width
 from tests.e2e.launch import ROOT, environment
+from tests.hf_models import save_hf_model
 from tests.tiny_run import save_model
 
 SIZES = {
@@ -33,10 +34,11 @@ ONE_RANK = types.SimpleNamespace(tp_size=1, pp_size=1, sequence_parallel=False)
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/transformer_engine_run.py finds, in a process where Megatron-Core sees the stand-in."""
-    folder = tmp_path_factory.mktemp("model")
+    folder, gpt2 = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("gpt2")
     save_model(folder, {**SIZES, "tie_word_embeddings": False}, vocab_size=200, seed=1)
+    save_hf_model("gpt2", gpt2)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.transformer_engine_run", str(folder)],
+        [sys.executable, "-m", "tests.transformer_engine_run", str(folder), str(gpt2)],
         cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -70,6 +72,14 @@ def test_a_folder_fills_both_kinds_of_layers_alike(facts: dict[str, Any]) -> Non
     assert facts["model"]["difference"] < 1e-5
 
 
+def test_rollouts_without_fp8_go_the_lean_way(facts: dict[str, Any]) -> None:
+    """RMSNorm without biases, LayerNorm with them: Transformer Engine has both inside its linear layers."""
+    for found in facts["without fp8"]:
+        assert found["lean"] == [True, True, False]
+        assert found["engine"] == found["local"]
+        assert len({token for response in found["local"] for token in response}) > 3
+
+
 def test_rollouts_after_a_step_use_the_new_weights(facts: dict[str, Any]) -> None:
     rollouts = facts["rollouts"]
     assert rollouts["after"] != rollouts["before"]
@@ -87,8 +97,8 @@ def test_passes_in_fp8_are_filled_up() -> None:
         for x in ("e4m3", None)
     )
     coming = Pass([5] * 40, [], [], [], [])
-    assert padded_count(coming, [fp8]) == padded_count(coming, [bf16, fp8]) == 64
-    assert padded_count(coming, [bf16]) == 40
+    assert padded_count(fp8, 0, coming) == 64
+    assert padded_count(bf16, 0, coming) == 40
 
 
 @pytest.fixture
