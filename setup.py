@@ -38,10 +38,12 @@ EXTRAS_REQUIRE = {
     "te": ["transformer-engine[pytorch]>=2.9"],
     # Reading the demo's quantised teacher (tools/prepare_demo.py).
     "demo": ["gguf>=0.17", "accelerate>=1.1"],
+    # BLEU of examples/multi30k.
+    "examples": ["sacrebleu>=2.4"],
     # What benchmarks/ compares with.
     "bench": ["trl>=1.16,<2"],
     "dev": [
-        "megatron_amd[demo]",
+        "megatron_amd[demo,examples]",
         "pytest>=9,<10",
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<2.5",

@@ -38,10 +38,11 @@ def main() -> int:
 
 
 def prepare(output: Path, data: Path | None) -> None:
+    pairs = {
+        name: read_files(data, corpus) if data else read_hub(hub) for name, (corpus, hub) in SPLITS.items()
+    }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
-    pairs = {}
-    for name, (corpus, hub) in SPLITS.items():
-        pairs[name] = read_files(data, corpus) if data else read_hub(hub)
+    for name in SPLITS:
         rows = (json.dumps({"prompt": en, "response": de}, ensure_ascii=False) + "\n" for en, de in pairs[name])
         (output / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     write_tokenizer(output / "spm.model", [text for pair in pairs["train"] for text in pair])

@@ -4,13 +4,14 @@
 
 Prepares data and tokenizer, trains the teacher, fine-tunes the student, and trains it on from there with supervised
 fine-tuning, forward KL and adversarial moment matching for the same seconds each. Prints BLEU (sacrebleu) of greedy
-translations of test 2016 as a table; the last line is the table as one JSON object. What is finished is not done again.
-On two CPU cores about an hour.
+translations of test 2016 as a table; the last line is the table as one JSON object. What was interrupted goes on with
+the same command. BLEU needs `pip install -e ".[examples]"`. On two CPU cores about an hour.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -19,7 +20,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from prepare import prepare
+
+from megatron_amd.config import load_config
+from megatron_amd.errors import InputError
+from megatron_amd.program import Parser, run_program
+
+HERE = Path(__file__).resolve().parent
+GENERATE = HERE.parents[1] / "tools/generate.py"
 OBJECTIVES: dict[str, list[str]] = {
     "SFT": ["objective.name=sft", "objective.beta=1"],
     "KL": ["objective.name=kl", "objective.beta=1"],
@@ -29,20 +37,31 @@ TIMED_STEPS = 8
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return run_program(lambda: run(parse()), goes_on="with what is not finished")
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/multi30k"), help="folder for everything")
     parser.add_argument("--data", type=Path, help="folder of the Multi30k corpus; unset: the hub")
     parser.add_argument("--seconds", type=float, default=480, help="of each student's training after its fine-tuning")
     parser.add_argument("--ranks", type=int, default=2, help="data-parallel ranks")
     parser.add_argument("overrides", nargs="*", help="settings of all runs, such as training.precision=bf16")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Play, and print the table. Returns the exit status; raises InputError."""
+    if importlib.util.find_spec("sacrebleu") is None:
+        raise InputError('sacrebleu is missing, which measures BLEU: pip install -e ".[examples]"')
+    for config in ("teacher.yaml", "student.yaml"):
+        load_config(HERE / config, options.overrides)
+    keep_to(options)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         rows = play(options)
     except subprocess.CalledProcessError as error:
-        print(
-            f"error: {' '.join(map(str, error.cmd[:6]))} ... ended with {error.returncode}; see above", file=sys.stderr
-        )
+        print(f"error: this ended with {error.returncode}, see above: {' '.join(error.cmd)}", file=sys.stderr)
         return 2
     print(f"\n{'':<10}{'parameters':>12}{'iterations':>12}{'seconds':>9}{'BLEU':>8}")
     for name, row in rows.items():
@@ -52,12 +71,27 @@ def main() -> int:
     return 0
 
 
+def keep_to(options: argparse.Namespace) -> None:
+    """Write down what the folder's models are made with. Raises InputError where it was begun with other options."""
+    asked = {"seconds": options.seconds, "ranks": options.ranks, "overrides": options.overrides}
+    file = options.output / "options.json"
+    if not file.exists():
+        options.output.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+        return
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    changed = [f"{name} {begun.get(name)} -> {value}" for name, value in asked.items() if begun.get(name) != value]
+    if changed:
+        raise InputError(
+            f"{options.output}: was begun with other options ({', '.join(changed)}); give those, or another --output"
+        )
+
+
 def play(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Everything, one after the other; the table's rows."""
     inputs = options.output / "inputs"
     if not (inputs / "spm.model").exists():
-        data = ["--data", options.data] if options.data else []
-        subprocess.run([sys.executable, HERE / "prepare.py", "--output", inputs, *data], check=True)
+        prepare(inputs, options.data)
     shared = [
         f"data.train={inputs / 'train.jsonl'}", f"data.evaluation={inputs / 'val.jsonl'}",
         f"data.tokenizer={inputs / 'spm.model'}", *options.overrides,
@@ -102,7 +136,7 @@ def row(options: argparse.Namespace, name: str, directory: Path) -> dict[str, An
 
     inputs, answers = options.output / "inputs", options.output / "test" / name.lower()
     if not list(answers.glob("responses-*.jsonl")):
-        command = [sys.executable, "tools/generate.py", "--config", str(HERE / "student.yaml"), "--role", "student"]
+        command = [sys.executable, str(GENERATE), "--config", str(HERE / "student.yaml"), "--role", "student"]
         command += ["--output", str(answers), f"student.path={directory / 'student'}", "student.architecture=null"]
         command += [f"teacher.path={directory / 'student'}", "rollout.temperature=0", "rollout.batch_size=64"]
         command += [

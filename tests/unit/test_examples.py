@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -133,3 +134,37 @@ def test_task_data_becomes_prompts_and_responses(tmp_path: Path):
         lines = [json.loads(line) for line in (tmp_path / name / "train.jsonl").open()]
         assert lines == [expected[name]] * (1 if name == "samsum" else 2)
         assert [json.loads(line) for line in (tmp_path / name / "validation.jsonl").open()] == [expected[name]]
+
+
+def multi30k(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit status and what is said on stderr of a start that comes to nothing, from another working directory."""
+    command = [sys.executable, str(ROOT / "examples/multi30k/run.py"), "--output", str(folder), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert not (folder / "teacher").exists()
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training.stepz=1"], "training.stepz: unknown key; did you mean training.steps?"),
+        (["--data", "nowhere"], "nowhere: has none of multi30k_train.en"),
+        (["--secondz", "3"], "command line: unrecognized arguments: --secondz;"),
+    ],
+)
+def test_multi30k_says_in_a_line_what_is_wrong(tmp_path: Path, arguments: list[str], message: str):
+    status, said = multi30k(tmp_path, *arguments)
+    assert status == 2
+    assert said.startswith("error: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_multi30k_keeps_to_the_options_it_was_begun_with(tmp_path: Path):
+    multi30k(tmp_path, "--data", "nowhere", "--seconds", "5")
+    status, said = multi30k(tmp_path, "--data", "nowhere", "--seconds", "2")
+    assert status == 2
+    assert said == (
+        f"error: {tmp_path}: was begun with other options (seconds 5.0 -> 2.0); give those, or another --output\n"
+    )
