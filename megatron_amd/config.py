@@ -289,8 +289,8 @@ class RolloutConfig:
     """Tokens that go through a model together: one of each sequence being written, and pieces of prompts up to so
     many in all."""
     cache_tokens: int | None = None
-    """Most positions per replica whose keys and values are kept, which bounds the cache's memory; fewer sequences are
-    in work at once where each may grow long. Unset: no bound but batch_size."""
+    """Most positions per replica whose keys and values are kept, of both models where they are mixed, which bounds the
+    caches' memory; fewer sequences are in work at once where each may grow long. Unset: no bound but batch_size."""
     look_interval: int | None = None
     """Tokens that each sequence is given between two looks of the host, so that a GPU need not wait for it after each;
     what was drawn after a sequence's end is dropped. Unset: 8 on a GPU, 1 on a CPU and with a pipeline."""

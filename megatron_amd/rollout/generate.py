@@ -133,8 +133,8 @@ def generate(
         batch_size: most responses in work at once; unset: all.
         pass_tokens: most tokens that go through the model together: prompts are read in pieces of what is left beside
             one token for each response that is being written.
-        cache_tokens: most positions with cached keys and values, which bounds the cache's memory: fewer responses are
-            in work at once where each may grow long; unset: no bound.
+        cache_tokens: most positions with cached keys and values, over both models of a mixture, which bounds the
+            caches' memory: fewer responses are in work at once where each may grow long; unset: no bound.
         look_interval: tokens that each response is given between two looks of the host, where no prompt is being read,
             so that a GPU need not wait for the host after each; what was drawn after a response's end is dropped.
             Unset: 8 on a GPU, 1 on a CPU. With a pipeline always 1.
@@ -189,7 +189,14 @@ def generate(
     order = sorted(range(len(rows)), key=lambda number: len(rows.tokens[number]))
     queue = deque(Response(number, rows.tokens[number], max_response_length) for number in order)
     longest = max((len(prompt) for prompt in prompts.tokens), default=0)
-    sizes = pool_sizes(len(rows), longest + max_response_length, layout.pp_size, batch_size, cache_tokens)
+    sizes = pool_sizes(
+        len(rows),
+        len(models) * (longest + max_response_length),
+        layout.pp_size,
+        batch_size,
+        cache_tokens,
+        spare=spare_rows(models[0][0]),
+    )
     ahead = look_interval or (_GPU_LOOK_INTERVAL if layout.device.type == "cuda" else 1)
     with ExitStack() as stack:
         generators = []
@@ -240,7 +247,7 @@ def make_generator(
     cuda_graphs: bool = False,
 ) -> Generator:
     """With a cache for each pool. sizes: rows of each pool; pack: see `Product`; cuda_graphs: see `generate`."""
-    spare = int(token_multiple(model) > 1)  # a row for fillers
+    spare = spare_rows(model)
     lengths = (
         (response_length, prompt_length)
         if isinstance(model, EncoderDecoderLM)
@@ -277,20 +284,28 @@ def check_lengths(prompts: Prompts, max_response_length: int, max_positions: int
             )
 
 
-def pool_sizes(responses: int, width: int, stages: int, batch_size: int | None, cache_tokens: int | None) -> list[int]:
+def pool_sizes(
+    responses: int, width: int, stages: int, batch_size: int | None, cache_tokens: int | None, *, spare: int = 0
+) -> list[int]:
     """Rows of each stage's pool.
 
+    Args:
+        width: positions of a row, in the caches of all models that generate.
+        spare: further rows of a pool that works, for fillers.
+
     Raises:
-        InputError: `cache_tokens` is below the `width` positions of one row.
+        InputError: `cache_tokens` is below the positions of one row.
     """
     rows = min(batch_size or responses, responses)
     if cache_tokens is not None:
-        if cache_tokens < width:
+        if cache_tokens < (1 + spare) * width:
             raise InputError(
-                f"rollout.cache_tokens={cache_tokens} has no room for the longest prompt and its response, {width} "
-                "tokens: raise it, or lower data.max_prompt_length or rollout.max_response_length"
+                f"rollout.cache_tokens={cache_tokens} has no room for the longest prompt and its response, "
+                f"{(1 + spare) * width} tokens: raise it, or lower data.max_prompt_length or "
+                "rollout.max_response_length"
             )
-        rows = min(rows, cache_tokens // width)
+        while (rows + spare * min(rows, stages)) * width > cache_tokens:
+            rows -= 1
     return [rows // stages + (number < rows % stages) for number in range(stages)]
 
 
@@ -327,6 +342,11 @@ def generation_mode(model: LanguageModel) -> Iterator[None]:
 def token_multiple(model: LanguageModel) -> int:
     """What the number of tokens of a pass must be a multiple of."""
     return _FP8_TOKENS if model.config.fp8 else 1
+
+
+def spare_rows(model: LanguageModel) -> int:
+    """Rows of a cache that only fillers use."""
+    return int(token_multiple(model) > 1)
 
 
 def run(

@@ -33,6 +33,7 @@ from megatron_amd.rollout.generate import (
     make_generator,
     padded_count,
     pool_sizes,
+    spare_rows,
     stage_pass,
 )
 from megatron_amd.rollout.pool import Pass, Response
@@ -231,19 +232,26 @@ class _Stage:
         if config.rollout.teacher_share and batch.on_policy:  # both at once
             rows = min(batch.on_policy, config.rollout.batch_size or batch.on_policy)
             both = [
-                self._play_generation(model, rows, batch.response_length)
+                self._play_generation(model, rows, batch.response_length, models=2)
                 for model in (self.players.student, self.players.teacher)
             ]
             found.append({part: sum(of_model[part] for of_model in both) for part in found[0]})
         return max(found, key=lambda part: sum(part.values()))
 
-    def _play_generation(self, model: LanguageModel, rows: int, length: int) -> dict[str, int]:
-        """A pass full of prompts, and one in which every row decodes at its end."""
+    def _play_generation(self, model: LanguageModel, rows: int, length: int, models: int = 1) -> dict[str, int]:
+        """A pass full of prompts, and one in which every row decodes at its end. models: that generate together."""
         rollout, width = self.config.rollout, self.config.data.max_prompt_length
         sampling = Sampling(
             vocab_size=self.players.vocabulary.size, eos_ids=(0,), seed=0, max_response_length=length
         )  # fmt: skip
-        [size, *_] = pool_sizes(rows, width + length, self.layout.pp_size, rows, rollout.cache_tokens)
+        [size, *_] = pool_sizes(
+            rows,
+            models * (width + length),
+            self.layout.pp_size,
+            rows,
+            rollout.cache_tokens,
+            spare=spare_rows(model),
+        )
         responses = [Response(row, [0] * width, length) for row in range(size)]
         pieces = [Segment(row, 0, width) for row in range(max(1, min(size, rollout.pass_tokens // width)))]
         ends = [(row, width + length - 1) for row in range(size)]

@@ -211,7 +211,7 @@ def _check_author(config: Config, header: Header, warn: Callable[[str], None]) -
     """Look at who wrote the responses, and how.
 
     Raises InputError where the objective needs samples of the run's own teacher and these are not; elsewhere warns of
-    another model.
+    another model, and of another way of sampling.
     """
     own = model_hash(config.teacher, "teacher", config.run.seed) == header.model["hash"]
     plain = {"temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0, "min_response_length": 0}
@@ -229,6 +229,11 @@ def _check_author(config: Config, header: Header, warn: Callable[[str], None]) -
         warn(
             f"the responses in {config.rollout.responses} come from another model than the run's teacher: the "
             f"{header.model['role']} {path}{changed_since}"
+        )
+    if changed:
+        warn(
+            f"the responses in {config.rollout.responses} were generated with {', '.join(changed)}: their states are "
+            "not those of the model's own distribution"
         )
 
 

@@ -23,7 +23,7 @@ from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import Architecture
 from megatron_amd.models.attention import CoreAttention
 from megatron_amd.models.gpt import CausalLM, build_gpt, initialize_weights, transformer_config
-from megatron_amd.models.kv_cache import KVCache
+from megatron_amd.models.kv_cache import KVCache, kv_cache
 from megatron_amd.models.lean import lean_layers
 from megatron_amd.rollout.generate import generate
 from megatron_amd.rollout.sampling import sample_tokens, uniform
@@ -331,8 +331,9 @@ def settings_of_length() -> None:
     late = run_generate(model, layout, min_response_length=4)
     assert late.responses() == run_generate(model, layout, min_response_length=4, look_interval=6).responses()
     assert (late.lengths - late.prompt_lengths).min() >= 4
-    for response in late.responses():
-        assert not set(response[:3]) & set(EOS)
+    more = run_generate(model, layout, min_response_length=4, samples_per_prompt=8).responses()
+    assert not any(set(response[:4]) & set(EOS) for response in more)
+    assert any(response[4:5] and response[4] in EOS for response in more), "as transformers' min_new_tokens"
     one = run_generate(model, layout, max_response_length=1)
     assert [r[:1] for r in plain.responses()] == one.responses()
     stopped = run_generate(model, layout, is_complete=lambda tokens: len(tokens) == 3)
@@ -468,6 +469,34 @@ def bounded_memory() -> None:
     assert sum(passes) == tokens, "each token goes through the model once, and no padding does"
     with pytest.raises(InputError, match=r"rollout.cache_tokens=60 has no room"):
         run_generate(model, layout, prompts, cache_tokens=60)
+
+
+def budget_of_all_caches() -> None:
+    """A mixture's two models share the budget, and the rows for FP8's fillers are in it."""
+    model, layout = make_model()
+    other, _ = make_model(QWEN2, layout=layout)
+    prompts = Prompts((1, 2, 3, 4), (0,) * 4, ((20,) * (64 - LONGEST), (21,), (22,), (23,)))
+    for mixed_with, multiple, rows in (
+        (None, 1, [4]),
+        ((other, 0.3), 1, [2, 2]),
+        (None, 8, [4]),
+        ((other, 0.3), 8, [2, 2]),
+    ):
+        made: list[int] = []
+
+        def counting(model: Any, rows: int, *sizes: Any, made: list[int] = made) -> KVCache:
+            made.append(rows)
+            return kv_cache(model, rows, *sizes)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("megatron_amd.rollout.generate.kv_cache", counting)
+            patch.setattr("megatron_amd.rollout.generate.token_multiple", lambda _, multiple=multiple: multiple)
+            run_generate(model, layout, prompts, samples_per_prompt=1, cache_tokens=4 * 64, mixed_with=mixed_with)
+        assert made == rows
+
+
+def test_the_budget_is_of_all_caches():
+    run_distributed(budget_of_all_caches, 1)
 
 
 def test_memory_is_bounded():
