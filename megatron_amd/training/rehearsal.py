@@ -26,13 +26,13 @@ from megatron_amd.models.roles import LanguageModel, ModelPlan, build_critic, bu
 from megatron_amd.models.t5 import EncoderDecoderLM
 from megatron_amd.objectives.fused_head import critic_loss, head_statistics, student_loss
 from megatron_amd.objectives.vocab_parallel import Vocabulary
-from megatron_amd.rollout.generate import (
+from megatron_amd.rollout.generate import pool_sizes
+from megatron_amd.rollout.passes import (
     Sampling,
     draw,
     generation_mode,
     make_generator,
     padded_count,
-    pool_sizes,
     spare_rows,
     stage_pass,
 )

@@ -211,7 +211,7 @@ def test_through_the_modules(expected, tp, pp):
 
     def work():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("megatron_amd.rollout.generate.lean_layers", lambda _model, **_: None)
+            patch.setattr("megatron_amd.rollout.passes.lean_layers", lambda _model, **_: None)
             return responses_by_prompt(hf_config, tp, pp, False, batch_size=3, pass_tokens=8)
 
     for found in run_distributed(work, tp * pp):
@@ -312,7 +312,7 @@ def token_multiples() -> None:
     sizes = []
     hook = model.embedding.register_forward_hook(lambda _module, _args, output: sizes.append(output.shape[0]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_amd.rollout.generate.token_multiple", lambda _model: 3)
+        patch.setattr("megatron_amd.rollout.passes.token_multiple", lambda _model: 3)
         assert run_generate(model, layout).responses() == expected
         assert run_generate(model, layout, look_interval=4).responses() == expected
     hook.remove()
@@ -489,8 +489,8 @@ def budget_of_all_caches() -> None:
             return kv_cache(model, rows, *sizes)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("megatron_amd.rollout.generate.kv_cache", counting)
-            patch.setattr("megatron_amd.rollout.generate.token_multiple", lambda _, multiple=multiple: multiple)
+            patch.setattr("megatron_amd.rollout.passes.kv_cache", counting)
+            patch.setattr("megatron_amd.rollout.passes.token_multiple", lambda _, multiple=multiple: multiple)
             run_generate(model, layout, prompts, samples_per_prompt=1, cache_tokens=4 * 64, mixed_with=mixed_with)
         assert made == rows
 
@@ -545,7 +545,7 @@ def test_half_precision(tp: int, pp: int):
         model = model.bfloat16()
         rollouts = run_generate(model, layout, temperature=0.0)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("megatron_amd.rollout.generate.lean_layers", lambda _model, **_: None)
+            patch.setattr("megatron_amd.rollout.passes.lean_layers", lambda _model, **_: None)
             plain = run_generate(model, layout, temperature=0.0)
         assert rollouts.log_probs is not None
         assert plain.log_probs is not None

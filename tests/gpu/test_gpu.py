@@ -142,7 +142,7 @@ def prompts() -> list[list[int]]:
 def log_probs(model: Any, layout: Any) -> torch.Tensor:
     """[prompts, vocabulary] in fp32 on the CPU, by the passes of a rollout."""
     from megatron_amd.models.kv_cache import Segment
-    from megatron_amd.rollout.generate import generation_mode, make_generator, stage_pass
+    from megatron_amd.rollout.passes import generation_mode, make_generator, stage_pass
     from megatron_amd.rollout.pool import Pass
 
     rows = prompts()

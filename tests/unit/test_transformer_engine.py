@@ -17,7 +17,7 @@ from megatron_amd.models.architecture import Architecture
 from megatron_amd.models.gpt import transformer_config
 from megatron_amd.models.layer_specs import choose_implementation, fp8_multiple
 from megatron_amd.models.roles import plan_models
-from megatron_amd.rollout.generate import Generator, padded_count
+from megatron_amd.rollout.passes import Generator, padded_count
 from megatron_amd.rollout.pool import Pass
 from megatron_amd.training.collect import padded_width
 from tests.e2e.launch import ROOT, environment
