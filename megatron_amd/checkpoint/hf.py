@@ -72,6 +72,7 @@ def hf_to_mcore(
     Raises:
         InputError: whatever is wrong with the folder, or it cannot be written.
     """
+    folder = folder.resolve()  # a link stays one
     check_conversion_folder(folder)
     architecture = load_architecture(source, None, "source")
     weights = _own_weights(architecture)
@@ -329,9 +330,13 @@ def export_hf(
             if copy_tokenizer is not None:
                 copy_tokenizer(partial)
 
-        for name, tensor in tensors:
-            writer.add(name, tensor)
-        writer.finish(write_others)
+        try:
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+            writer.finish(write_others)
+        except BaseException:
+            writer.abandon()
+            raise
 
 
 def _read_shard(files: WeightFiles, weight: Weight, tp_rank: int, tp_size: int, local_rows: int) -> Tensor:

@@ -28,6 +28,12 @@ MCORE_MARKS = ("metadata.json", "config.json")
 """Files by which a converted model's folder is known."""
 CARRIED = ("generation_config.json", *TOKENIZER_FILES)
 """Files beside config.json that pass unchanged through a conversion."""
+MARK = {"format": "pt", "written_by": "megatron_amd"}
+"""Metadata of all safetensors that are written here, by which an export is known. transformers asks for `format`."""
+
+_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+_OF_EXPORT = {"config.json", INDEX, *CARRIED}
+_OF_CONVERSION = {*MCORE_MARKS, ".metadata", "__0_0.distcp", "common.pt", *CARRIED}
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
@@ -191,8 +197,8 @@ class FolderWriter:
         max_shard_bytes: int,
     ) -> None:
         """tensors: shape and type of all that will come, in the order in which they come."""
-        self._folder = folder
-        self._partial = partial_folder(folder)
+        self._folder = folder.resolve()  # a link stays one
+        self._partial = partial_folder(self._folder)
         self._tensors = dict(tensors)
         self._sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
         self._shards = self._share_out(max_shard_bytes)
@@ -275,7 +281,7 @@ class FolderWriter:
 
     def _head(self, names: list[str]) -> bytes:
         """https://huggingface.co/docs/safetensors: the head's length in 8 bytes, then the head, a JSON object."""
-        head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        head: dict[str, Any] = {"__metadata__": MARK}
         first = 0
         for name in names:
             shape, dtype = self._tensors[name]
@@ -305,11 +311,16 @@ def publish(partial: Path, folder: Path) -> None:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     earlier = folder.with_name(f".{folder.name}.earlier")
-    if folder.exists():
-        if earlier.exists():
-            shutil.rmtree(earlier)
-        folder.rename(earlier)
-    partial.rename(folder)
+    if folder.exists() and earlier.exists():
+        shutil.rmtree(earlier)
+    try:
+        if folder.exists():
+            folder.rename(earlier)
+        partial.rename(folder)
+    except BaseException:
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)
+        raise
     shutil.rmtree(earlier, ignore_errors=True)
 
 
@@ -319,19 +330,47 @@ def cannot_write(folder: Path, error: OSError) -> InputError:
 
 
 def check_export_folder(folder: Path) -> None:
-    """Raise InputError where an export would replace something that is not an exported model."""
-    is_export = (folder / "config.json").is_file() and not (folder / ".metadata").exists()  # no converted model either
+    """Raise InputError where an export would replace something that is not an exported model, or more than that."""
+    files = _names(folder)
+    weights = set(filter(_SHARD.fullmatch, files))
+    is_export = (
+        bool(weights) and _known(files - weights, _OF_EXPORT) and all(_marked(folder / name) for name in weights)
+    )
     _check_replaced(folder, is_export, "exported model")
 
 
 def check_conversion_folder(folder: Path) -> None:
-    """Raise InputError where a conversion to Megatron-Core would replace something that is not an earlier one."""
-    _check_replaced(folder, all((folder / mark).is_file() for mark in MCORE_MARKS), "earlier conversion")
+    """Raise InputError where a conversion to Megatron-Core would replace something that is not an earlier one, or more
+    than that."""
+    files = _names(folder)
+    is_conversion = {*MCORE_MARKS, ".metadata"} <= files and _known(files, _OF_CONVERSION)
+    _check_replaced(folder, is_conversion, "earlier conversion")
+
+
+def _names(folder: Path) -> set[str]:
+    """Of what lies in a folder, sub-folders with a slash; nothing where there is no folder."""
+    return (
+        {entry.name if entry.is_file() else f"{entry.name}/" for entry in folder.iterdir()}
+        if folder.is_dir()
+        else set()
+    )
+
+
+def _known(files: set[str], known: set[str]) -> bool:
+    return all(name in known or name.endswith(".model") for name in files)
+
+
+def _marked(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() == MARK
+    except (SafetensorError, OSError):
+        return False
 
 
 def _check_replaced(folder: Path, is_replaceable: bool, what: str) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not is_replaceable:
-        raise InputError(f"{folder}: exists and is not an {what}; move it or choose another folder")
+        raise InputError(f"{folder}: exists and is not an {what} alone; move it or choose another folder")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, where the {what} would be; move it or choose another folder")
 

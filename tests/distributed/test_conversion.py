@@ -210,13 +210,105 @@ def test_an_equal_head_beside_a_tied_embedding_is_dropped(tmp_path: Path) -> Non
 def test_an_earlier_conversion_is_replaced_and_nothing_else(folders: dict[str, Path], tmp_path: Path) -> None:
     for kind in ("llama", "gpt2"):
         hf_to_mcore(str(folders[kind] / "hf"), tmp_path / "mcore")
-    export(tmp_path / "mcore", tmp_path / "back")
+        export(tmp_path / "mcore", tmp_path / "back", max_shard_bytes=30_000)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "gpt2"
-    with pytest.raises(InputError, match="back: exists and is not an earlier conversion; move it"):
+    with pytest.raises(InputError, match="back: exists and is not an earlier conversion alone; move it"):
         hf_to_mcore(str(folders["llama"] / "hf"), tmp_path / "back")
-    with pytest.raises(InputError, match="mcore: exists and is not an exported model; move it"):
+    with pytest.raises(InputError, match="mcore: exists and is not an exported model alone; move it"):
         export(tmp_path / "mcore", tmp_path / "mcore")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "mcore"]
+
+
+def a_project(folder: Path) -> None:
+    """A program's own folder that happens to have a config.json."""
+    (folder / ".git").mkdir(parents=True)
+    for name in ("config.json", "metadata.json", ".metadata", ".git/HEAD", "thesis.tex"):
+        (folder / name).write_text("{}")
+
+
+def a_downloaded_model(folder: Path) -> None:
+    """As transformers saved it: no mark of an export."""
+    save_hf_model("llama", folder)
+
+
+def an_export_with_notes(folder: Path) -> None:
+    save_hf_model("llama", folder.with_name("source"))
+    hf_to_mcore(str(folder.with_name("source")), folder.with_name("converted"))
+    export(folder.with_name("converted"), folder)
+    (folder / "notes.md").write_text("BLEU 31.2")
+
+
+def an_export_with_a_folder(folder: Path) -> None:
+    an_export_with_notes(folder)
+    (folder / "notes.md").unlink()
+    (folder / "checkpoints").mkdir()
+
+
+def a_conversion_with_notes(folder: Path) -> None:
+    save_hf_model("llama", folder.with_name("source"))
+    hf_to_mcore(str(folder.with_name("source")), folder)
+    (folder / "notes.md").write_text("BLEU 31.2")
+
+
+def a_checkpoint_of_megatron(folder: Path) -> None:
+    """With a second rank's file, and a config.json put beside."""
+    a_conversion_with_notes(folder)
+    (folder / "notes.md").rename(folder / "__1_0.distcp")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        a_project, a_downloaded_model, an_export_with_notes, an_export_with_a_folder, a_conversion_with_notes,
+        a_checkpoint_of_megatron,
+    ],
+)  # fmt: skip
+def test_nothing_of_the_users_is_destroyed(
+    folders: dict[str, Path], tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "mine")
+    before = {file: file.read_bytes() for file in (tmp_path / "mine").rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match="mine: exists and is not an earlier conversion alone; move it"):
+        hf_to_mcore(str(folders["llama"] / "hf"), tmp_path / "mine")
+    with pytest.raises(InputError, match="mine: exists and is not an exported model alone; move it"):
+        export(folders["llama"] / "mcore", tmp_path / "mine")
+    assert {file: file.read_bytes() for file in (tmp_path / "mine").rglob("*") if file.is_file()} == before
+
+
+def test_the_output_may_be_the_working_directory_or_a_link(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"mcore": partial(hf_to_mcore, str(folders["llama"] / "hf")), "hf": partial(export, tmp_path / "mcore")}
+    for name, convert in steps.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / name)
+        for _ in range(2):
+            monkeypatch.chdir(tmp_path / name)
+            convert(Path("."))
+            convert(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        (tmp_path / "link").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
+    assert state_dict(tmp_path / "hf").keys() == state_dict(folders["llama"] / "hf").keys()
+
+
+def test_the_earlier_folder_stays_where_the_new_one_cannot_take_its_name(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(folders["llama"] / "mcore", tmp_path / "back")
+    before = (tmp_path / "back" / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(InputError, match="back: the model cannot be written: Permission denied; "):
+        export(folders["qwen2"] / "mcore", tmp_path / "back")
+    assert [path.name for path in tmp_path.iterdir()] == ["back"]
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == before
 
 
 def test_numbers_too_large_for_a_type_are_not_made_infinite(folders: dict[str, Path], tmp_path: Path) -> None:
