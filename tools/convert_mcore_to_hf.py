@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_amd.config import Config, load_config
 from megatron_amd.errors import InputError
-from megatron_amd.program import Parser, run_program
+from megatron_amd.program import Parser, leave_at_sigterm, run_program
 
 if TYPE_CHECKING:
     from megatron_amd.models.architecture import Architecture
@@ -46,7 +46,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "source", type=Path, help="run directory, one of its checkpoints, or a converted model's folder"
     )
-    parser.add_argument("output", type=Path, help="folder to write; an earlier export is replaced")
+    parser.add_argument("output", type=Path, help="folder to write; an earlier export is replaced, nothing else")
     parser.add_argument(
         "--dtype",
         choices=("keep", "bf16", "fp16", "fp32"),
@@ -143,4 +143,5 @@ def settings_of(state: dict[str, Any], checkpoint: Path) -> Config:
 
 
 if __name__ == "__main__":
+    leave_at_sigterm()
     sys.exit(main())
