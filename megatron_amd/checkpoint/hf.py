@@ -43,7 +43,8 @@ from megatron_amd.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
-from megatron_amd.models.architecture import FAMILIES, Architecture, load_architecture
+from megatron_amd.models.architecture import Architecture, load_architecture
+from megatron_amd.models.hf_config import FAMILIES
 
 __all__ = [
     "MAX_SHARD_BYTES", "check_export_folder", "check_hf_weights", "export_hf", "hf_to_mcore", "load_hf_weights",

@@ -17,13 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_amd.checkpoint.hf_tensors import Family, Weight
-from megatron_amd.data.hub import check_hub_reachable, is_hub_name
 from megatron_amd.data.tokenizer import TOKENIZER_FILES
-from megatron_amd.errors import InputError, first_line
-from megatron_amd.models.architecture import read_json
+from megatron_amd.errors import InputError
+from megatron_amd.models.model_files import INDEX, WEIGHTS, read_json, weights_folder
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MCORE_MARKS = ("metadata.json", "config.json")
 """Files by which a converted model's folder is known."""
 CARRIED = ("generation_config.json", *TOKENIZER_FILES)
@@ -47,7 +44,7 @@ class WeightFiles:
 
     def __init__(self, source: str | Path, where: str, also: Iterable[str] = ()) -> None:
         """also: names of other files that are wanted in the folder, where a hub name has them."""
-        self.folder = _weights_folder(str(source), where, also)
+        self.folder = weights_folder(str(source), where, also)
         self._open_files: dict[Path, Any] = {}
         single, index = self.folder / WEIGHTS, self.folder / INDEX
         if single.is_file():
@@ -384,22 +381,6 @@ def copy_carried(source: Path, target: Path) -> None:
 
 def _any_layer(name: str) -> str:
     return re.sub(r"\.\d+\.", ".{}.", f".{name}")
-
-
-def _weights_folder(source: str, where: str, also: Iterable[str]) -> Path:
-    """The folder itself, or a hub name's safetensors downloaded to the hub's cache."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if not is_hub_name(source):
-        raise InputError(f"{where}: there is no folder {source}")
-    from huggingface_hub import snapshot_download
-
-    check_hub_reachable(source, where)
-    try:
-        return Path(snapshot_download(source, allow_patterns=["model*.safetensors", INDEX, *also]))
-    except Exception as error:  # the client's exceptions differ between versions
-        raise InputError(f"{where}: {source} cannot be read from the hub: {first_line(error)}") from error
 
 
 def _corrupt(file: Path, error: Exception) -> InputError:
