@@ -6,6 +6,7 @@ Every field that changes what a model computes is read or refused by name, with 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,7 +65,7 @@ def _refuse_features(config: Mapping[str, Any], where: str) -> None:
         raise InputError(f"{where}: quantization_config: quantised weights are not supported; save the model in bf16")
     _refuse_own_code(config, where)
     for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        if (config.get(key) or 0) > 1:
+        if _count(config, key, where, 0) > 1:
             raise InputError(f"{where}: {key}: mixture-of-experts models are not supported")
     if config.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise InputError(f"{where}: partial_rotary_factor: only 1 is supported, not {config['partial_rotary_factor']}")
@@ -75,6 +76,11 @@ def _refuse_features(config: Mapping[str, Any], where: str) -> None:
         ("is_encoder_decoder", config.get("model_type") in ("t5", "mt5")),
         ("qk_layernorm", False),
         ("use_qk_norm", False),
+        # transformers passes over these in our families; whoever wrote them meant another model
+        ("rope_interleaved", False),
+        ("attn_logit_softcapping", None),
+        ("final_logit_softcapping", None),
+        ("logit_scale", 1),
     ):
         if config.get(key, wanted) not in (None, wanted):
             raise InputError(f"{where}: {key}: only {_json(wanted)} is supported, not {_json(config[key])}")
@@ -95,19 +101,26 @@ def _refuse_own_code(config: Mapping[str, Any], where: str) -> None:
 
 def _refuse_sliding_window(config: Mapping[str, Any], where: str, family: str, positions: int) -> None:
     """A window counts only where transformers would use it and a sequence can be longer than it."""
-    for kind in config.get("layer_types") or ():
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise InputError(f"{where}: layer_types: must be a list, not {_json(kinds)}")
+    for kind in kinds:
         if kind != "full_attention":
             raise InputError(f"{where}: layer_types: {kind!r} is not supported, only 'full_attention'")
+    layers = _size(config, "num_hidden_layers", where)
+    if kinds and len(kinds) != layers:
+        raise InputError(f"{where}: layer_types: names {len(kinds)} layers, but num_hidden_layers is {layers}")
     if family == "mistral":
         active = True
-    elif family in ("qwen2", "qwen3") and not config.get("layer_types"):
-        active = bool(config.get("use_sliding_window")) and config.get("max_window_layers", 28) < config.get(
-            "num_hidden_layers", 0
-        )
+    elif family in ("qwen2", "qwen3") and not kinds:
+        active = _flag(config, "use_sliding_window", where, False)
+        active = active and _count(config, "max_window_layers", where, 28) < layers
     else:
         active = False
-    window = config.get("sliding_window", 4096)  # transformers' default where the key is missing
-    if active and window is not None and window < positions:
+    if not active or config.get("sliding_window", 4096) is None:
+        return
+    window = _size(config, "sliding_window", where, 4096)  # transformers' default where the key is missing
+    if window < positions:
         raise InputError(
             f"{where}: sliding_window: {window} is not supported; set it to null if no sequence is longer than that"
         )
@@ -124,7 +137,7 @@ def _llama_like(config: Mapping[str, Any], where: str, family: str) -> dict[str,
     positions = _size(config, "max_position_embeddings", where, default_positions)
     _refuse_sliding_window(config, where, family, positions)
     base, scaling = _rope(config, where, positions)
-    attention_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
+    attention_bias = family in ("llama", "qwen3") and _flag(config, "attention_bias", where, False)
     head_dim = 128 if family == "qwen3" else _divide(hidden, heads, "hidden_size", config, where)
     return {
         "num_layers": _size(config, "num_hidden_layers", where),
@@ -141,8 +154,8 @@ def _llama_like(config: Mapping[str, Any], where: str, family: str) -> dict[str,
         "gated": True,
         "qkv_bias": family == "qwen2" or attention_bias,
         "attention_output_bias": attention_bias,
-        "mlp_bias": family == "llama" and bool(config.get("mlp_bias")),
-        "tied": bool(config.get("tie_word_embeddings", False)),
+        "mlp_bias": family == "llama" and _flag(config, "mlp_bias", where, False),
+        "tied": _flag(config, "tie_word_embeddings", where, False),
         "position_embedding": "rope",
         "rotary_base": base,
         "rope_scaling": scaling,
@@ -169,7 +182,7 @@ def _gpt2(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         "qkv_bias": True,
         "attention_output_bias": True,
         "mlp_bias": True,
-        "tied": bool(config.get("tie_word_embeddings", True)),
+        "tied": _flag(config, "tie_word_embeddings", where, True),
         "position_embedding": "learned_absolute",
     }
 
@@ -187,8 +200,8 @@ def _t5(config: Mapping[str, Any], where: str, family: str) -> dict[str, Any]:
         name = "gelu_new"
     # T5 1.0 ties its head to the embedding and scales; 1.1 and mT5 do neither. transformers 5 ties in any case and
     # writes down whether it scales.
-    tied = bool(config.get("tie_word_embeddings", family == "t5"))
-    scales = config.get("scale_decoder_outputs", tied) if family == "t5" else False
+    tied = _flag(config, "tie_word_embeddings", where, family == "t5")
+    scales = family == "t5" and _flag(config, "scale_decoder_outputs", where, tied)
     return {
         "num_layers": _size(config, "num_decoder_layers", where, layers),
         "encoder_layers": layers,
@@ -227,7 +240,8 @@ def _token(config: Mapping[str, Any], key: str, where: str, default: int) -> int
 
 def _rope(config: Mapping[str, Any], where: str, positions: int) -> tuple[float, dict[str, Any] | None]:
     """Base and scaling, as transformers 5 writes them (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    # The first of the two that says something, as in transformers.
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
     if not isinstance(rope, dict):
         raise InputError(f"{where}: {key}: must be a mapping, not {_json(rope)}")
@@ -242,6 +256,8 @@ def _rope(config: Mapping[str, Any], where: str, positions: int) -> tuple[float,
         return base, None
     if kind != "llama3":
         raise InputError(f"{where}: {key}: type {kind!r} is not supported, only 'default' and 'llama3'")
+    if config.get("original_max_position_embeddings") is not None:  # it goes first in transformers too
+        rope = {**rope, "original_max_position_embeddings": config["original_max_position_embeddings"]}
     scaling: dict[str, Any] = {"rope_type": "llama3"}
     for name in LLAMA3_ROPE:
         default = positions if name == "original_max_position_embeddings" else None
@@ -262,17 +278,34 @@ def _size(config: Mapping[str, Any], key: str, where: str, default: int | None =
     return value
 
 
+def _count(config: Mapping[str, Any], key: str, where: str, default: int) -> int:
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InputError(f"{where}: {key}: must be a whole number from 0 on, not {_json(value)}")
+    return value
+
+
+def _flag(config: Mapping[str, Any], key: str, where: str, default: bool) -> bool:
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise InputError(f"{where}: {key}: must be true or false, not {_json(value)}")
+    return value
+
+
 def _number(config: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
     value = config.get(key, default)
-    if isinstance(value, str):
-        # YAML reads 1e-5 as text
-        try:
-            value = float(value)
-        except ValueError:
-            value = None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-        raise InputError(f"{where}: {key}: must be a positive number, not {_json(config.get(key))}")
-    return float(value)
+    try:
+        if isinstance(value, str) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+            number = float(value)  # YAML reads 1e-5 as text
+            if number > 0 and math.isfinite(number):
+                return number
+    except (ValueError, OverflowError):
+        pass
+    raise InputError(f"{where}: {key}: must be a positive number, not {_json(config.get(key))}")
 
 
 def _divide(hidden: int, heads: int, key: str, config: Mapping[str, Any], where: str) -> int:
@@ -283,6 +316,6 @@ def _divide(hidden: int, heads: int, key: str, config: Mapping[str, Any], where:
 
 def _activation(config: Mapping[str, Any], key: str, where: str, default: str) -> str:
     name = config.get(key, default)
-    if name not in _HF_ACTIVATIONS:
+    if not isinstance(name, str) or name not in _HF_ACTIVATIONS:
         raise InputError(f"{where}: {key}: {_json(name)} is not supported, only {', '.join(_HF_ACTIVATIONS)}")
     return _HF_ACTIVATIONS[name]

@@ -100,5 +100,6 @@ def _equal(one: Any, other: Any) -> bool:
     """Whether two tensors of files hold the same numbers, a few rows at a time."""
     if one.get_shape() != other.get_shape():
         return False
-    rows = range(0, one.get_shape()[0], _ROWS)
-    return all(torch.equal(one[first : first + _ROWS], other[first : first + _ROWS]) for first in rows)
+    starts = range(0, one.get_shape()[0] if one.get_shape() else 0, _ROWS)
+    pieces = ((table[first : first + _ROWS].float() for table in (one, other)) for first in starts)
+    return all(torch.equal(*pair) for pair in pieces)
