@@ -96,8 +96,8 @@ class WeightFiles:
             for name, shape in weight.tensor_shapes().items():
                 self._tensor(name, shape)
                 found.add(self._find(name))
-        head = family.modules["output_layer"]  # checked against a tied embedding where it is read
-        known = {f"{head}.weight", *map(str, found)}
+        # head and copies are compared with the embedding where that is read
+        known = {f"{family.modules['output_layer']}.weight", *family.copies, *map(str, found)}
         if is_cut:
             known |= {_any_layer(name) for name in known}
         strangers = [name for name in self._file_of if name not in known and not re.fullmatch(family.ignored, name)]

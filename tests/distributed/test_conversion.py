@@ -197,6 +197,16 @@ def test_harmless_constants_are_left_out(tmp_path: Path) -> None:
         assert state_dict(tmp_path / f"{kind}-back").keys() == weights.keys()
 
 
+def test_equal_copies_of_a_t5s_embedding_are_dropped(tmp_path: Path) -> None:
+    save_hf_model("t5", tmp_path / "hf")
+    weights = state_dict(tmp_path / "hf")
+    copies = {f"{stack}.embed_tokens.weight": weights["shared.weight"].clone() for stack in ("encoder", "decoder")}
+    save_file({**weights, **copies}, tmp_path / "hf" / "model.safetensors")
+    hf_to_mcore(str(tmp_path / "hf"), tmp_path / "mcore")
+    export(tmp_path / "mcore", tmp_path / "back")
+    assert state_dict(tmp_path / "back").keys() == weights.keys()
+
+
 def test_an_equal_head_beside_a_tied_embedding_is_dropped(tmp_path: Path) -> None:
     save_hf_model("llama-tied", tmp_path / "hf")
     weights = state_dict(tmp_path / "hf")
@@ -645,6 +655,59 @@ def test_a_broken_folder_is_one_line_and_leaves_nothing(
     source = tmp_path / "hf"
     shutil.copytree(whole, source)
     damage(source)
+    assert tool("convert_hf_to_mcore").main([str(source), str(tmp_path / "mcore")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert message.format(source) in said
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def second_embedding(folder: Path, stack: str) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{stack}.embed_tokens.weight"] = tensors["shared.weight"].flip(0)
+
+    tensors_of(folder, add)
+
+
+CROSS = "decoder.block.2.layer.1.EncDecAttention.k.weight"
+BROKEN_T5: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another embedding for the encoder": (
+        lambda folder: second_embedding(folder, "encoder"),
+        "tensor encoder.embed_tokens.weight differs from shared.weight; two embeddings in one model are not supported",
+    ),
+    "another embedding for the decoder": (
+        lambda folder: second_embedding(folder, "decoder"),
+        "tensor decoder.embed_tokens.weight differs from shared.weight; two embeddings in one model are not supported",
+    ),
+    "the embedding under another name alone": (
+        lambda folder: tensors_of(folder, lambda t: t.update({"encoder.embed_tokens.weight": t.pop("shared.weight")})),
+        "{0}: its weights have no tensor shared.weight; they are incomplete or not of this config.json",
+    ),
+    "no cross-attention": (
+        lambda folder: tensors_of(folder, lambda t: t.pop(CROSS)),
+        f"{{0}}: its weights have no tensor {CROSS}; they are incomplete or not of this config.json",
+    ),
+    "fewer layers of the encoder in config.json": (
+        lambda folder: config_of(folder, num_layers=2),
+        "model.safetensors: holds encoder.block.2.layer.0.SelfAttention.k.weight, ",
+    ),
+    "an embedding that is no table": (
+        lambda folder: tensors_of(folder, lambda t: t.update({"shared.weight": torch.tensor(1.0)})),
+        "model.safetensors: tensor shared.weight has shape [], but config.json makes it [53, 32]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(BROKEN_T5))
+def test_a_broken_t5_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    damage, message = BROKEN_T5[kind]
+    source = tmp_path / "hf"
+    save_hf_model("mt5", source)
+    damage(source)
+    capsys.readouterr()
     assert tool("convert_hf_to_mcore").main([str(source), str(tmp_path / "mcore")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
