@@ -6,7 +6,7 @@
 
 The source is a run of megatron_amd.train, of which the student is written, or one of its checkpoints, or a folder that
 tools/convert_hf_to_mcore.py wrote. A run's student and tokenizer folders must still be where its settings say: their
-config.json and tokenizer files are read again. A checkpoint is trusted when it is loaded: convert only your own.
+config.json and tokenizer files are read again. No code that a checkpoint may name is run.
 
 Runs as one process, without a GPU, whatever the layout that wrote the checkpoint, and holds one parameter at a time.
 Exit status: 0, or 2 with one line about what is wrong.

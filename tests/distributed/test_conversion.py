@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import os
+import pickle
+import random
 import re
 import resource
 import shutil
@@ -716,12 +719,41 @@ def test_a_broken_t5_is_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def flip(file: Path, place: float) -> None:
+    """Change one byte, at a fraction of the file's length."""
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 0x20
+    file.write_bytes(content)
+
+
+class RunsCode:
+    """What a hostile file holds."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch code-was-run",)
+
+
 BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no list of tensors": (
         lambda folder: (folder / ".metadata").unlink(),
         "{0}: has no .metadata, so it is no checkpoint in Megatron-Core's torch_dist format; give a folder that",
     ),
     "cut list of tensors": (lambda folder: cut_short(folder / ".metadata"), "{0}/.metadata: is damaged ("),
+    "code for a list of tensors": (
+        lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(RunsCode())),
+        "{0}/.metadata: is damaged (posix.system has no place in a list of tensors); copy it again",
+    ),
+    "code behind a known class": (
+        lambda folder: (folder / ".metadata").write_bytes(
+            b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93"
+            b"\x8c\x12touch code-was-run\x85R."
+        ),
+        "{0}/.metadata: is damaged (torch.distributed.checkpoint.metadata.os.system has no place in a list of tensors)",
+    ),
+    "a changed number": (
+        lambda folder: flip(folder / "__0_0.distcp", 0.5),
+        "cannot be read, a .distcp file is missing or damaged (the checksums in __0_0.distcp are others); copy",
+    ),
     "no tensors": (
         lambda folder: (folder / "__0_0.distcp").unlink(),
         "{0}: embedding.word_embeddings.weight cannot be read, a .distcp file is missing or damaged (",
@@ -763,3 +795,25 @@ def test_a_broken_checkpoint_is_one_line_and_leaves_nothing(
     assert said.count("\n") == 1
     assert message.format(source) in said
     assert [path.name for path in tmp_path.iterdir()] == ["mcore"]
+    assert not Path("code-was-run").exists()
+
+
+def test_any_changed_byte_in_the_list_of_tensors_is_one_line_or_harmless(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["llama"] / "mcore", tmp_path / "mcore")
+    file = tmp_path / "mcore" / ".metadata"
+    content = file.read_bytes()
+    expected = state_dict(folders["llama"] / "hf")
+    noise, refused = random.Random(0), 0
+    for _ in range(60):
+        changed = bytearray(content)
+        changed[noise.randrange(len(content))] = noise.randrange(256)
+        file.write_bytes(changed)
+        try:
+            export(tmp_path / "mcore", tmp_path / "hf")
+        except InputError as error:
+            refused += 1 if "\n" not in str(error) else -100
+        else:
+            assert all(torch.equal(expected[name], tensor) for name, tensor in state_dict(tmp_path / "hf").items())
+    assert refused > 10
