@@ -4,8 +4,8 @@
 
 Prepares data and tokenizer, trains the teacher, fine-tunes the student, and trains it on from there with supervised
 fine-tuning, forward KL and adversarial moment matching for the same seconds each. Prints BLEU (sacrebleu) of greedy
-translations of test 2016 as a table; the last line is the table as one JSON object. What is finished is not done again.
-On two CPU cores about an hour.
+translations of test 2016 as a table; the last line is the table as one JSON object. What is finished is not done again,
+and refused where it was made with other settings. On two CPU cores about an hour.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from megatron_amd.errors import InputError
+
+HERE = Path(__file__).resolve().parent
+SETTINGS = "example.json"
+"""In a finished run's folder: what this program asked for."""
 OBJECTIVES: dict[str, list[str]] = {
     "SFT": ["objective.name=sft", "objective.beta=1"],
     "KL": ["objective.name=kl", "objective.beta=1"],
@@ -43,6 +47,9 @@ def main() -> int:
         print(
             f"error: {' '.join(map(str, error.cmd[:6]))} ... ended with {error.returncode}; see above", file=sys.stderr
         )
+        return 2
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"\n{'':<10}{'parameters':>12}{'iterations':>12}{'seconds':>9}{'BLEU':>8}")
     for name, row in rows.items():
@@ -80,13 +87,24 @@ def play(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def train(options: argparse.Namespace, directory: Path, config: str, overrides: list[str]) -> None:
-    """One run, unless it is there already."""
+    """One run, unless it is there already. Raises InputError where it was made with other settings."""
+    asked = [f"--ranks {options.ranks}", *overrides]
     if (directory / "student" / "config.json").exists():
+        file = directory / SETTINGS
+        made_with = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        if made_with != asked:
+            others = ", ".join(setting for setting in made_with if setting not in asked) or "others"
+            wanted = ", ".join(setting for setting in asked if setting not in made_with) or "fewer"
+            raise InputError(
+                f"{directory}: was made with other settings ({others}; now {wanted}); remove it, or "
+                "give another --output"
+            )
         return
     print(f"\n== {directory}", flush=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks)]
     command += ["-m", "megatron_amd.train", "--config", str(HERE / config), f"run.directory={directory}", *overrides]
     subprocess.run(command, check=True)
+    (directory / SETTINGS).write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
@@ -102,7 +120,8 @@ def row(options: argparse.Namespace, name: str, directory: Path) -> dict[str, An
 
     inputs, answers = options.output / "inputs", options.output / "test" / name.lower()
     if not list(answers.glob("responses-*.jsonl")):
-        command = [sys.executable, "tools/generate.py", "--config", str(HERE / "student.yaml"), "--role", "student"]
+        command = [sys.executable, str(HERE.parents[1] / "tools" / "generate.py")]
+        command += ["--config", str(HERE / "student.yaml"), "--role", "student"]
         command += ["--output", str(answers), f"student.path={directory / 'student'}", "student.architecture=null"]
         command += [f"teacher.path={directory / 'student'}", "rollout.temperature=0", "rollout.batch_size=64"]
         command += [
@@ -111,10 +130,9 @@ def row(options: argparse.Namespace, name: str, directory: Path) -> dict[str, An
             "--shard-size=1000",
         ]
         subprocess.run(command, check=True)
-    read = [
-        json.loads(line) for file in sorted(answers.glob("responses-*.jsonl")) for line in file.open(encoding="utf-8")
-    ]
-    gold = [json.loads(line)["response"] for line in (inputs / "test.jsonl").open(encoding="utf-8")]
+    files = sorted(answers.glob("responses-*.jsonl"))
+    read = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    gold = [json.loads(line)["response"] for line in (inputs / "test.jsonl").read_text(encoding="utf-8").splitlines()]
     with safe_open(directory / "student" / "model.safetensors", framework="pt") as weights:
         parameters = sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
     made = records(directory)

@@ -1,16 +1,20 @@
 """The examples stay true: every YAML file is a valid run, every script is valid shell that names existing files."""
 
-import importlib
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from megatron_amd.config import load_config
+from megatron_amd.errors import InputError
 from megatron_amd.training.plan import describe_plan
 from tests.hub_configs import SMOLLM2, write_hub_cache
 
@@ -133,3 +137,63 @@ def test_task_data_becomes_prompts_and_responses(tmp_path: Path):
         lines = [json.loads(line) for line in (tmp_path / name / "train.jsonl").open()]
         assert lines == [expected[name]] * (1 if name == "samsum" else 2)
         assert [json.loads(line) for line in (tmp_path / name / "validation.jsonl").open()] == [expected[name]]
+
+
+@pytest.fixture
+def multi30k() -> types.ModuleType:
+    """examples/multi30k/run.py as a module."""
+    spec = importlib.util.spec_from_file_location("multi30k_run", ROOT / "examples/multi30k/run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_multi30k_trains_once_and_refuses_a_run_of_other_settings(
+    multi30k: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commands = []
+
+    def pretend(command: list[str], check: bool) -> None:
+        commands.append(command)
+        (tmp_path / "sft" / "student").mkdir(parents=True)
+        (tmp_path / "sft" / "student" / "config.json").touch()
+
+    monkeypatch.setattr(multi30k.subprocess, "run", pretend)
+    options = types.SimpleNamespace(ranks=2)
+    for _ in range(2):
+        multi30k.train(options, tmp_path / "sft", "student.yaml", ["training.steps=5"])
+    assert len(commands) == 1
+    assert commands[0][-2:] == [f"run.directory={tmp_path}/sft", "training.steps=5"]
+    message = r"sft: was made with other settings \(training.steps=5; now training.steps=9\); remove it, or give"
+    with pytest.raises(InputError, match=message):
+        multi30k.train(options, tmp_path / "sft", "student.yaml", ["training.steps=9"])
+    with pytest.raises(InputError, match=r"\(--ranks 2; now --ranks 4\)"):
+        multi30k.train(types.SimpleNamespace(ranks=4), tmp_path / "sft", "student.yaml", ["training.steps=5"])
+    assert len(commands) == 1
+
+
+def test_multi30k_counts_what_a_run_has_made(
+    multi30k: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From another working directory: the programs that are called are found by their place."""
+    pytest.importorskip("sacrebleu")
+    sentences = ["Ein Hund rennt über die Wiese .", "Zwei Männer sitzen auf einer Bank ."]
+    (tmp_path / "inputs").mkdir()
+    rows = [json.dumps({"prompt": "A", "response": sentence}) for sentence in sentences]
+    (tmp_path / "inputs" / "test.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "kl" / "student").mkdir(parents=True)
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, tmp_path / "kl" / "student" / "model.safetensors")
+    logged = [{"time/iteration": 0.5}, {"evaluation/kl": 1.0}, {"time/iteration": 1.5}]
+    (tmp_path / "kl" / "metrics.jsonl").write_text("\n".join(map(json.dumps, logged)) + "\n")
+
+    def generate(command: list[str], check: bool) -> None:
+        assert Path(command[1]).is_file()
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir(parents=True)
+        (folder / "responses-00000.jsonl").write_text("\n".join(rows) + "\n")
+
+    monkeypatch.setattr(multi30k.subprocess, "run", generate)
+    monkeypatch.chdir(tmp_path)
+    row = multi30k.row(types.SimpleNamespace(output=tmp_path), "KL", tmp_path / "kl")
+    assert row == {"parameters": 17, "iterations": 2, "seconds": 2.0, "bleu": 100.0}
