@@ -72,6 +72,11 @@ def run_program(run: Callable[[], int], *, goes_on: str) -> int:
         return 128 + signal.SIGINT
 
 
+def leave_at_sigterm() -> None:
+    """Make SIGTERM an exception, as SIGINT is one, so that what is half written is removed on the way out."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def say(text: str) -> None:
     """Print on the first rank."""
     if _is_first("RANK"):

@@ -74,6 +74,7 @@ T5_MODELS: dict[str, dict[str, Any]] = {
         **_T5, "model_type": "t5", "feed_forward_proj": "gated-silu", "num_layers": 4, "num_decoder_layers": 2,
         "relative_attention_num_buckets": 32,
     },
+    "t5-own-head": {**_T5, "model_type": "t5", "tie_word_embeddings": False, "scale_decoder_outputs": True},
     "mt5": {**_T5, "model_type": "mt5", "num_decoder_layers": 3, "tie_word_embeddings": False},
 }  # fmt: skip
 PADDED_VOCAB = 64

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_amd.errors import InputError
-from megatron_amd.program import Parser, run_program
+from megatron_amd.program import Parser, leave_at_sigterm, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("source", help="folder or hub name of a Hugging Face model")
-    parser.add_argument("output", type=Path, help="folder to write; an earlier conversion is replaced")
+    parser.add_argument("output", type=Path, help="folder to write; an earlier conversion is replaced, nothing else")
     parser.add_argument(
         "--dtype",
         choices=("keep", "bf16", "fp16", "fp32"),
@@ -83,4 +83,5 @@ def _run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    leave_at_sigterm()
     sys.exit(main())

@@ -6,7 +6,7 @@
 
 The source is a run of megatron_amd.train, of which the student is written, or one of its checkpoints, or a folder that
 tools/convert_hf_to_mcore.py wrote. A run's student and tokenizer folders must still be where its settings say: their
-config.json and tokenizer files are read again. A checkpoint is trusted when it is loaded: convert only your own.
+config.json and tokenizer files are read again. No code that a checkpoint may name is run.
 
 Runs as one process, without a GPU, whatever the layout that wrote the checkpoint, and holds one parameter at a time.
 Exit status: 0, or 2 with one line about what is wrong.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_amd.config import Config, load_config
 from megatron_amd.errors import InputError
-from megatron_amd.program import Parser, run_program
+from megatron_amd.program import Parser, leave_at_sigterm, run_program
 
 if TYPE_CHECKING:
     from megatron_amd.models.architecture import Architecture
@@ -46,7 +46,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "source", type=Path, help="run directory, one of its checkpoints, or a converted model's folder"
     )
-    parser.add_argument("output", type=Path, help="folder to write; an earlier export is replaced")
+    parser.add_argument("output", type=Path, help="folder to write; an earlier export is replaced, nothing else")
     parser.add_argument(
         "--dtype",
         choices=("keep", "bf16", "fp16", "fp32"),
@@ -143,4 +143,5 @@ def settings_of(state: dict[str, Any], checkpoint: Path) -> Config:
 
 
 if __name__ == "__main__":
+    leave_at_sigterm()
     sys.exit(main())

@@ -125,8 +125,11 @@ def train(options: argparse.Namespace, directory: Path, config: str, overrides: 
 
 def records(directory: Path) -> list[dict[str, Any]]:
     """What a run has logged of its iterations."""
-    lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if "time/iteration" in record]
+    return [record for record in lines_of(directory / "metrics.jsonl") if "time/iteration" in record]
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def row(options: argparse.Namespace, name: str, directory: Path) -> dict[str, Any]:
@@ -145,10 +148,8 @@ def row(options: argparse.Namespace, name: str, directory: Path) -> dict[str, An
             "--shard-size=1000",
         ]
         subprocess.run(command, check=True)
-    read = [
-        json.loads(line) for file in sorted(answers.glob("responses-*.jsonl")) for line in file.open(encoding="utf-8")
-    ]
-    gold = [json.loads(line)["response"] for line in (inputs / "test.jsonl").open(encoding="utf-8")]
+    read = [line["response"] for file in sorted(answers.glob("responses-*.jsonl")) for line in lines_of(file)]
+    gold = [line["response"] for line in lines_of(inputs / "test.jsonl")]
     with safe_open(directory / "student" / "model.safetensors", framework="pt") as weights:
         parameters = sum(weights.get_tensor(key).numel() for key in weights.keys())  # noqa: SIM118
     made = records(directory)
@@ -156,7 +157,7 @@ def row(options: argparse.Namespace, name: str, directory: Path) -> dict[str, An
         "parameters": parameters,
         "iterations": len(made),
         "seconds": round(sum(record["time/iteration"] for record in made), 1),
-        "bleu": round(sacrebleu.corpus_bleu([line["response"] for line in read], [gold]).score, 2),
+        "bleu": round(sacrebleu.corpus_bleu(read, [gold]).score, 2),
     }
 
 

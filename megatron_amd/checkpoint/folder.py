@@ -9,16 +9,18 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_amd.errors import InputError
 
@@ -29,6 +31,21 @@ FORMAT = 1
 TENSOR_SUFFIX = ".distcp"
 """Suffix of the large files, which torch writes."""
 
+_CLASSES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),  # Python 3.13
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+            "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}  # fmt: skip
 _NAME = re.compile(r"(?:\.replaced-)?step-(?P<step>\d{8,})")
 _ADVICE = "restore it from a copy, or remove this checkpoint to use an earlier one"
 
@@ -150,20 +167,45 @@ def check_files(path: Path, files: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def _tensors_intact(file: Path) -> bool:
-    """Whether a file of tensors is as torch wrote it: one zip archive per tensor, with checksums torch never reads."""
-    stored = FileSystemReader(file.parent).read_metadata().storage_data.values()
+    """Whether a file of tensors is as torch wrote it."""
     with file.open("rb") as stream:
-        for piece in stored:
-            if piece.relative_path != file.name:
-                continue
-            stream.seek(piece.offset)
-            try:
-                with zipfile.ZipFile(io.BytesIO(stream.read(piece.length))) as archive:
-                    if archive.testzip() is not None:
-                        return False
-            except zipfile.BadZipFile:
-                return False
+        for piece in read_list_of_tensors(file.parent).storage_data.values():
+            if piece.relative_path == file.name:
+                stream.seek(piece.offset)
+                if not archive_intact(io.BytesIO(stream.read(piece.length))):
+                    return False
     return True
+
+
+def archive_intact(stream: IO[bytes]) -> bool:
+    """Whether a stream is one tensor's zip archive, which agrees with its checksums. Torch never reads them, and of two
+    archives it takes the last."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            return min(member.header_offset for member in archive.infolist()) == 0 and archive.testzip() is None
+    except OSError:
+        raise
+    except Exception:  # a changed byte can make zipfile raise about anything
+        return False
+
+
+def read_list_of_tensors(folder: Path) -> Metadata:
+    """The `.metadata` of a folder in torch's format, without running code that it may name.
+
+    Raises FileNotFoundError where there is none, and whatever unpickling raises where it is damaged.
+    """
+    with (folder / ".metadata").open("rb") as stream:
+        return _ListOfTensors(stream).load()
+
+
+class _ListOfTensors(pickle.Unpickler):
+    """Admits the classes that torch and Megatron-Core write there. A name with a dot could lead through them to others,
+    so whole names are compared."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a list of tensors")
 
 
 def _checkpoints(directory: Path) -> list[Path]:

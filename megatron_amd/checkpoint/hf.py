@@ -43,7 +43,8 @@ from megatron_amd.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
-from megatron_amd.models.architecture import FAMILIES, Architecture, load_architecture
+from megatron_amd.models.architecture import Architecture, load_architecture
+from megatron_amd.models.hf_config import FAMILIES
 
 __all__ = [
     "MAX_SHARD_BYTES", "check_export_folder", "check_hf_weights", "export_hf", "hf_to_mcore", "load_hf_weights",
@@ -72,6 +73,7 @@ def hf_to_mcore(
     Raises:
         InputError: whatever is wrong with the folder, or it cannot be written.
     """
+    folder = folder.resolve()  # a link stays one
     check_conversion_folder(folder)
     architecture = load_architecture(source, None, "source")
     weights = _own_weights(architecture)
@@ -118,7 +120,7 @@ def mcore_to_hf(
     """Write a Megatron-Core checkpoint of any layout as a Hugging Face folder that `transformers` loads.
 
     Holds one parameter at a time. The folder appears complete or not at all; an earlier export in its place is
-    replaced. Trust: unpickles the checkpoint's list of tensors.
+    replaced. No code that the checkpoint may name is run.
 
     Args:
         checkpoint: folder in `torch_dist` format that holds a model's parameters.
@@ -329,9 +331,13 @@ def export_hf(
             if copy_tokenizer is not None:
                 copy_tokenizer(partial)
 
-        for name, tensor in tensors:
-            writer.add(name, tensor)
-        writer.finish(write_others)
+        try:
+            for name, tensor in tensors:
+                writer.add(name, tensor)
+            writer.finish(write_others)
+        except BaseException:
+            writer.abandon()
+            raise
 
 
 def _read_shard(files: WeightFiles, weight: Weight, tp_rank: int, tp_size: int, local_rows: int) -> Tensor:
@@ -366,7 +372,8 @@ def _check_shard(
     tp_rank: int,
     tp_size: int,
 ) -> None:
-    """Raise InputError where a parameter's shard is not finite, or a tied embedding has another head beside it."""
+    """Raise InputError where a parameter's shard is not finite, or the embedding differs from what must be equal to it:
+    its further copies, and the head where the two are tied."""
     if not is_finite(shard):
         for part in weight.parts:
             tensor = files.read(part.tensor, weight.tensor_shapes()[part.tensor], (slice(None),))
@@ -374,16 +381,23 @@ def _check_shard(
                 raise InputError(
                     f"{files.where_is(part.tensor)} holds NaN or infinite numbers; download or copy it again"
                 )
-    if weight.split == "vocabulary" and architecture.tied:
-        head = model_weights(replace(architecture, tied=False))["output_layer.weight"]
-        (part,) = head.parts
-        if part.tensor in files:
-            other = _read_shard(files, head, tp_rank, tp_size, len(shard))
+    if weight.split != "vocabulary":
+        return
+    family = family_of(architecture)
+    (part,) = weight.parts
+    others = {}
+    if part.tensor == f"{family.modules['embedding.word_embeddings']}.weight":
+        others = dict.fromkeys(family.copies, "; two embeddings in one model are not supported")
+    if architecture.tied:
+        says = ", but config.json says tie_word_embeddings: true; set it to false"
+        others[f"{family.modules['output_layer']}.weight"] = says
+    for name, objection in others.items():
+        if name in files:
+            other = _read_shard(
+                files, replace(weight, parts=(replace(part, tensor=name),)), tp_rank, tp_size, len(shard)
+            )
             if not torch.equal(other.to(shard.dtype), shard):
-                raise InputError(
-                    f"{files.where_is(part.tensor)} differs from {weight.parts[0].tensor}, but config.json says "
-                    "tie_word_embeddings: true; set it to false"
-                )
+                raise InputError(f"{files.where_is(name)} differs from {part.tensor}{objection}")
 
 
 def _read_part(files: WeightFiles, weight: Weight, part: Part, rows: slice, columns: slice) -> Tensor:
@@ -457,6 +471,8 @@ def _exported_config(architecture: Architecture, dtype: torch.dtype) -> dict[str
     config.pop("auto_map", None)  # names Python files of the original folder
     config["architectures"] = [FAMILIES[architecture.family]]
     config["tie_word_embeddings"] = architecture.tied
+    if architecture.family == "t5":  # a head of its own may go with the scaling
+        config["scale_decoder_outputs"] = architecture.output_scale != 1.0
     # transformers 4 reads torch_dtype, 5 reads both
     config.pop("dtype", None)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")

@@ -17,17 +17,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_amd.checkpoint.hf_tensors import Family, Weight
-from megatron_amd.data.hub import check_hub_reachable, is_hub_name
 from megatron_amd.data.tokenizer import TOKENIZER_FILES
-from megatron_amd.errors import InputError, first_line
-from megatron_amd.models.architecture import read_json
+from megatron_amd.errors import InputError
+from megatron_amd.models.model_files import INDEX, WEIGHTS, read_json, weights_folder
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MCORE_MARKS = ("metadata.json", "config.json")
 """Files by which a converted model's folder is known."""
 CARRIED = ("generation_config.json", *TOKENIZER_FILES)
 """Files beside config.json that pass unchanged through a conversion."""
+MARK = {"format": "pt", "written_by": "megatron_amd"}
+"""Metadata of all safetensors that are written here, by which an export is known. transformers asks for `format`."""
+
+_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+_OF_EXPORT = {"config.json", INDEX, *CARRIED}
+_OF_CONVERSION = {*MCORE_MARKS, ".metadata", "__0_0.distcp", "common.pt", *CARRIED}
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
@@ -41,7 +44,7 @@ class WeightFiles:
 
     def __init__(self, source: str | Path, where: str, also: Iterable[str] = ()) -> None:
         """also: names of other files that are wanted in the folder, where a hub name has them."""
-        self.folder = _weights_folder(str(source), where, also)
+        self.folder = weights_folder(str(source), where, also)
         self._open_files: dict[Path, Any] = {}
         single, index = self.folder / WEIGHTS, self.folder / INDEX
         if single.is_file():
@@ -93,8 +96,8 @@ class WeightFiles:
             for name, shape in weight.tensor_shapes().items():
                 self._tensor(name, shape)
                 found.add(self._find(name))
-        head = family.modules["output_layer"]  # checked against a tied embedding where it is read
-        known = {f"{head}.weight", *map(str, found)}
+        # head and copies are compared with the embedding where that is read
+        known = {f"{family.modules['output_layer']}.weight", *family.copies, *map(str, found)}
         if is_cut:
             known |= {_any_layer(name) for name in known}
         strangers = [name for name in self._file_of if name not in known and not re.fullmatch(family.ignored, name)]
@@ -191,8 +194,8 @@ class FolderWriter:
         max_shard_bytes: int,
     ) -> None:
         """tensors: shape and type of all that will come, in the order in which they come."""
-        self._folder = folder
-        self._partial = partial_folder(folder)
+        self._folder = folder.resolve()  # a link stays one
+        self._partial = partial_folder(self._folder)
         self._tensors = dict(tensors)
         self._sizes = {name: prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
         self._shards = self._share_out(max_shard_bytes)
@@ -275,7 +278,7 @@ class FolderWriter:
 
     def _head(self, names: list[str]) -> bytes:
         """https://huggingface.co/docs/safetensors: the head's length in 8 bytes, then the head, a JSON object."""
-        head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        head: dict[str, Any] = {"__metadata__": MARK}
         first = 0
         for name in names:
             shape, dtype = self._tensors[name]
@@ -305,11 +308,16 @@ def publish(partial: Path, folder: Path) -> None:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     earlier = folder.with_name(f".{folder.name}.earlier")
-    if folder.exists():
-        if earlier.exists():
-            shutil.rmtree(earlier)
-        folder.rename(earlier)
-    partial.rename(folder)
+    if folder.exists() and earlier.exists():
+        shutil.rmtree(earlier)
+    try:
+        if folder.exists():
+            folder.rename(earlier)
+        partial.rename(folder)
+    except BaseException:
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)
+        raise
     shutil.rmtree(earlier, ignore_errors=True)
 
 
@@ -319,19 +327,47 @@ def cannot_write(folder: Path, error: OSError) -> InputError:
 
 
 def check_export_folder(folder: Path) -> None:
-    """Raise InputError where an export would replace something that is not an exported model."""
-    is_export = (folder / "config.json").is_file() and not (folder / ".metadata").exists()  # no converted model either
+    """Raise InputError where an export would replace something that is not an exported model, or more than that."""
+    files = _names(folder)
+    weights = set(filter(_SHARD.fullmatch, files))
+    is_export = (
+        bool(weights) and _known(files - weights, _OF_EXPORT) and all(_marked(folder / name) for name in weights)
+    )
     _check_replaced(folder, is_export, "exported model")
 
 
 def check_conversion_folder(folder: Path) -> None:
-    """Raise InputError where a conversion to Megatron-Core would replace something that is not an earlier one."""
-    _check_replaced(folder, all((folder / mark).is_file() for mark in MCORE_MARKS), "earlier conversion")
+    """Raise InputError where a conversion to Megatron-Core would replace something that is not an earlier one, or more
+    than that."""
+    files = _names(folder)
+    is_conversion = {*MCORE_MARKS, ".metadata"} <= files and _known(files, _OF_CONVERSION)
+    _check_replaced(folder, is_conversion, "earlier conversion")
+
+
+def _names(folder: Path) -> set[str]:
+    """Of what lies in a folder, sub-folders with a slash; nothing where there is no folder."""
+    return (
+        {entry.name if entry.is_file() else f"{entry.name}/" for entry in folder.iterdir()}
+        if folder.is_dir()
+        else set()
+    )
+
+
+def _known(files: set[str], known: set[str]) -> bool:
+    return all(name in known or name.endswith(".model") for name in files)
+
+
+def _marked(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() == MARK
+    except (SafetensorError, OSError):
+        return False
 
 
 def _check_replaced(folder: Path, is_replaceable: bool, what: str) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not is_replaceable:
-        raise InputError(f"{folder}: exists and is not an {what}; move it or choose another folder")
+        raise InputError(f"{folder}: exists and is not an {what} alone; move it or choose another folder")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, where the {what} would be; move it or choose another folder")
 
@@ -345,22 +381,6 @@ def copy_carried(source: Path, target: Path) -> None:
 
 def _any_layer(name: str) -> str:
     return re.sub(r"\.\d+\.", ".{}.", f".{name}")
-
-
-def _weights_folder(source: str, where: str, also: Iterable[str]) -> Path:
-    """The folder itself, or a hub name's safetensors downloaded to the hub's cache."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if not is_hub_name(source):
-        raise InputError(f"{where}: there is no folder {source}")
-    from huggingface_hub import snapshot_download
-
-    check_hub_reachable(source, where)
-    try:
-        return Path(snapshot_download(source, allow_patterns=["model*.safetensors", INDEX, *also]))
-    except Exception as error:  # the client's exceptions differ between versions
-        raise InputError(f"{where}: {source} cannot be read from the hub: {first_line(error)}") from error
 
 
 def _corrupt(file: Path, error: Exception) -> InputError:

@@ -37,6 +37,8 @@ class Family:
     stack in one tensor is named alone. `{}` is a layer's number. Shapes and biases follow from the architecture."""
     transposed: bool = False
     """The matrices of layers are stored [in, out]."""
+    copies: tuple[str, ...] = ()
+    """Further tensors that some folders hold of the embedding; they must be equal to it."""
     ignored: str = ""
     """Regular expression of tensors that some folders hold and that the model does without: constants, recomputed."""
 
@@ -119,8 +121,9 @@ _T5 = Family(
         "decoder.final_layernorm": "decoder.final_layer_norm",
         "output_layer": "lm_head",
     },
-    # Further names of the embedding, and a table of cross-attention that no T5 uses.
-    ignored=r"(en|de)coder\.embed_tokens\.weight|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+    copies=("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
+    # A table of cross-attention that no T5 uses.
+    ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
 )
 _GATED_T5 = replace(
     _T5,

@@ -7,8 +7,8 @@ written whole, as a layout of one rank has it; it is read whatever the layout th
 
 from __future__ import annotations
 
+import contextlib
 import io
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_amd.checkpoint.folder import archive_intact, read_list_of_tensors
 from megatron_amd.checkpoint.hf_tensors import FUSED_NORMS, STACKS, Weight
 from megatron_amd.config import Config, TrainingConfig
 from megatron_amd.distributed.fake import fake_world, on_meta
@@ -138,31 +139,37 @@ def _write_item(piece: Any, dtype: torch.dtype) -> WriteItem:
 class MegatronWeights:
     """The parameters of a `torch_dist` folder.
 
-    Trust: unpickles the folder's list of tensors, which can run code. Raises InputError, from any method, for what is
-    wrong with the files.
+    Runs no code that the folder's list of tensors may name. Raises InputError, from any method, for what is wrong with
+    the files.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._reader = FileSystemReader(folder)
-        try:
-            metadata = self._reader.read_metadata()
+        with self._damage(f"{folder / '.metadata'}: is damaged"):
+            try:
+                metadata = read_list_of_tensors(folder)
+            except FileNotFoundError as error:
+                raise InputError(
+                    f"{folder}: has no .metadata, so it is no checkpoint in Megatron-Core's torch_dist format; give a "
+                    "folder that holds one"
+                ) from error
+            places = {(piece.relative_path, piece.offset) for piece in metadata.storage_data.values()}
+            if len(places) < len(metadata.storage_data):
+                raise ValueError("two tensors have one place")
             self._reader.set_up_storage_reader(metadata, True)
             self._tensors = {
                 key: tensor
                 for key, tensor in metadata.state_dict_metadata.items()
                 if isinstance(tensor, TensorStorageMetadata)
             }
-        except FileNotFoundError as error:
-            raise InputError(
-                f"{folder}: has no .metadata, so it is no checkpoint in Megatron-Core's torch_dist format; give a "
-                "folder that holds one"
-            ) from error
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, AssertionError) as error:
-            raise InputError(f"{folder / '.metadata'}: is damaged ({first_line(error)}); copy it again") from error
 
     def check(self, weights: Mapping[str, Weight]) -> None:
         """Raise unless the checkpoint holds the parameters of `weights`, and no others, in their shapes."""
+        with self._damage(f"{self.folder / '.metadata'}: is damaged"):
+            self._check(weights)
+
+    def _check(self, weights: Mapping[str, Weight]) -> None:
         known = set()
         for name, weight in weights.items():
             key, layer = self._find(name)
@@ -198,6 +205,10 @@ class MegatronWeights:
 
     def read(self, name: str, weight: Weight) -> Tensor:
         """The whole parameter, [rows, columns] or [rows], without padding of the vocabulary."""
+        with self._damage(f"{self.folder}: {name} cannot be read, a .distcp file is missing or damaged"):
+            return self._read(name, weight)
+
+    def _read(self, name: str, weight: Weight) -> Tensor:
         key, layer = self._find(name)
         rows = sum(part.rows for part in weight.parts)
         first = () if layer is None else (layer,)
@@ -222,15 +233,28 @@ class MegatronWeights:
                 )
         if sum(read.lengths.numel() for read in reads) != target.numel():
             raise InputError(f"{self.folder}: holds only parts of {name}; copy it again")
-        planner = _Into(target)
-        try:
-            self._reader.read_data(LoadPlan(reads), planner)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, AssertionError, KeyError) as error:
-            raise InputError(
-                f"{self.folder}: {name} cannot be read, a .distcp file is missing or damaged ({first_line(error)}); "
-                "copy it again"
-            ) from error
+        for read in reads:
+            self._check_piece(read.storage_index)
+        self._reader.read_data(LoadPlan(reads), _Into(target))
         return target if layer is None else target[0]
+
+    def _check_piece(self, index: MetadataIndex) -> None:
+        piece = self._reader.storage_data[index]
+        file = self.folder / piece.relative_path
+        with file.open("rb") as stream:
+            stream.seek(piece.offset)
+            if not archive_intact(io.BytesIO(stream.read(piece.length))):
+                raise ValueError(f"the checksums in {file.name} are others")
+
+    @contextlib.contextmanager
+    def _damage(self, what: str) -> Iterator[None]:
+        """One line for whatever a damaged file makes torch and pickle raise."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{what} ({first_line(error)}); copy it again") from error
 
     def _find(self, name: str) -> tuple[str, int | None]:
         """A parameter's key, and its place on the axis of stacked layers where there is one."""

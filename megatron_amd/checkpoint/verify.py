@@ -55,7 +55,8 @@ def compare(checkpoint: Path, folder: str, architecture: Architecture) -> Compar
     """Run Megatron-Core's model and that of `transformers`, one after the other, in fp32.
 
     Args:
-        checkpoint: folder in `torch_dist` format; Megatron-Core itself loads it.
+        checkpoint: folder in `torch_dist` format; Megatron-Core itself loads it. Trust: that unpickles its list of
+            tensors, so an unknown one must have gone through `MegatronWeights`, as in a conversion.
         folder: Hugging Face folder or hub name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a model is, read from a Hugging Face `config.json`: sizes and switches, and nothing of how it is run.
+"""What a model is: sizes and switches, and nothing of how it is run. hf_config.py reads them from a config.json.
 
 An `Architecture` says everything that decides the shapes and the mathematics of a model. It maps onto the fields of
 Megatron-Core's `TransformerConfig` and `GPTModel`; what these cannot express is refused by name, because a model
@@ -7,43 +7,17 @@ that differs silently from the one in the folder is worse than an error.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
-from megatron_amd.data.hub import check_hub_reachable, is_hub_name
-from megatron_amd.errors import InputError, first_line
-
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-    "t5": "T5ForConditionalGeneration",
-    "mt5": "MT5ForConditionalGeneration",
-}
-"""Values of `model_type` that are supported, and the class of `transformers` that computes each."""
-
-_HF_ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_python_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-
-_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
+from megatron_amd.errors import InputError
+from megatron_amd.models.hf_config import LLAMA3_ROPE, architecture_fields
+from megatron_amd.models.model_files import has_own_head, model_file, read_json
 
 _LAYER_COUNTS = {
     "gpt2": ("n_layer",),
@@ -51,9 +25,6 @@ _LAYER_COUNTS = {
     "mt5": ("num_layers", "num_decoder_layers"),
 }
 """Keys of config.json that count layers, where there is no `num_hidden_layers`."""
-_T5_TABLES = {"shared.weight", "lm_head.weight"}
-_ANY_LENGTH = 2**20
-"""Positions of a model whose position biases have no end."""
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -74,7 +45,7 @@ class Architecture:
     """Sizes and switches of one model."""
 
     family: str
-    """One of `FAMILIES`: decides the names of the tensors in its folder."""
+    """One of hf_config.py's `FAMILIES`: decides the names of the tensors in its folder."""
     num_layers: int
     """Of the decoder."""
     hidden_size: int
@@ -128,16 +99,7 @@ class Architecture:
 
         Raises InputError for a model_type, a feature or a value that is not supported, naming the key.
         """
-        family = config.get("model_type")
-        if family not in FAMILIES:
-            said = "is missing" if family is None else f"{family!r} is not supported"
-            raise InputError(f"{where}: model_type {said}; supported are {', '.join(FAMILIES)}")
-        _refuse_features(config, where)
-        if family in ("t5", "mt5"):
-            sizes = _t5(config, where, family)
-        else:
-            sizes = _gpt2(config, where) if family == "gpt2" else _llama_like(config, where, family)
-        architecture = Architecture(family=family, hf_config=dict(config), **sizes)
+        architecture = Architecture(hf_config=dict(config), **architecture_fields(config, where))
         architecture._check(where)
         return architecture
 
@@ -242,7 +204,7 @@ class Architecture:
         plain = 1.0 / (self.rotary_base ** (steps / self.head_dim))
         if self.rope_scaling is None:
             return plain
-        factor, low, high, original = (self.rope_scaling[name] for name in _LLAMA3_ROPE)
+        factor, low, high, original = (self.rope_scaling[name] for name in LLAMA3_ROPE)
         wavelength = 2 * math.pi / plain
         kept = (original / wavelength - low) / (high - low)
         between = (1 - kept) * plain / factor + kept * plain
@@ -281,8 +243,8 @@ class Architecture:
         # Megatron-Core has one switch for the biases of the output projection and the MLP.
         if self.attention_output_bias != self.mlp_bias:
             raise InputError(
-                f"{where}: attention_bias {_json(self.attention_output_bias)} with mlp_bias {_json(self.mlp_bias)} is "
-                "not supported; Megatron-Core needs both or neither"
+                f"{where}: attention_bias {str(self.attention_output_bias).lower()} with mlp_bias "
+                f"{str(self.mlp_bias).lower()} is not supported; Megatron-Core needs both or neither"
             )
 
 
@@ -298,291 +260,6 @@ def load_architecture(path: str | None, inline: Mapping[str, Any] | None, where:
         raise InputError(f"{where}: needs a path (a folder or hub name) or an architecture")
     file = model_file(path, "config.json", f"{where}.path")
     architecture = Architecture.from_hf(read_json(file), str(file))
-    if architecture.has_encoder and architecture.tied and _has_own_head(file.parent):
+    if architecture.has_encoder and architecture.tied and has_own_head(path, f"{where}.path"):
         return replace(architecture, tied=False)
     return architecture
-
-
-def _has_own_head(folder: Path) -> bool:
-    """Whether a T5's files hold an LM head that is not the embedding.
-
-    transformers 5 writes into config.json that the two are tied also where they are not, and looks at the weights.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in _T5_TABLES & set(opened.keys())}
-        except (SafetensorError, OSError):  # whoever loads the weights says so
-            return False
-    return len(tensors) == len(_T5_TABLES) and not torch.equal(*tensors.values())
-
-
-def model_file(source: str, name: str, where: str) -> Path:
-    """A file of a model's folder, or of a hub name: then it is downloaded to the hub's cache.
-
-    Raises InputError when there is no such folder, hub name or file.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / name).is_file():
-            raise InputError(f"{where}: {folder} has no {name}; give the folder of a Hugging Face model")
-        return folder / name
-    if folder.exists():
-        raise InputError(f"{where}: {folder} is not a folder; give the folder of a Hugging Face model")
-    if not is_hub_name(source):
-        raise InputError(f"{where}: there is no folder {source}")
-    from huggingface_hub import hf_hub_download
-
-    check_hub_reachable(source, where)
-    try:
-        return Path(hf_hub_download(source, name))
-    except Exception as error:  # the client's exceptions differ between versions
-        raise InputError(f"{where}: {source} cannot be read from the hub: {first_line(error)}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises InputError naming the file otherwise."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{file}: is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: must hold a JSON object, not {type(content).__name__}")
-    return content
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, default=str)
-
-
-def _refuse_features(config: Mapping[str, Any], where: str) -> None:
-    """Features of the supported families that Megatron-Core's GPTModel or this project lacks."""
-    if config.get("quantization_config"):
-        raise InputError(f"{where}: quantization_config: quantised weights are not supported; save the model in bf16")
-    _refuse_own_code(config, where)
-    for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"):
-        if (config.get(key) or 0) > 1:
-            raise InputError(f"{where}: {key}: mixture-of-experts models are not supported")
-    if config.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise InputError(f"{where}: partial_rotary_factor: only 1 is supported, not {config['partial_rotary_factor']}")
-    for key, wanted in (
-        ("scale_attn_weights", True),
-        ("scale_attn_by_inverse_layer_idx", False),
-        ("add_cross_attention", False),
-        ("is_encoder_decoder", config.get("model_type") in ("t5", "mt5")),
-        ("qk_layernorm", False),
-        ("use_qk_norm", False),
-    ):
-        if config.get(key, wanted) not in (None, wanted):
-            raise InputError(f"{where}: {key}: only {_json(wanted)} is supported, not {_json(config[key])}")
-
-
-def _refuse_own_code(config: Mapping[str, Any], where: str) -> None:
-    """The folder's own Python files are never run; a model that they change would be another one here."""
-    own_classes = config.get("auto_map") or {}
-    for kind in ("AutoModelForCausalLM", "AutoModel"):
-        name = str(own_classes.get(kind, "")) if isinstance(own_classes, Mapping) else str(own_classes)
-        family_class = FAMILIES[config["model_type"]]
-        if name and name.rpartition(".")[2] not in (family_class, family_class.replace("ForCausalLM", "Model")):
-            raise InputError(
-                f"{where}: auto_map: the model's own code ({name}) is not run; if it computes what {family_class} of "
-                "transformers does, remove auto_map"
-            )
-
-
-def _refuse_sliding_window(config: Mapping[str, Any], where: str, family: str, positions: int) -> None:
-    """A window counts only where transformers would use it and a sequence can be longer than it."""
-    for kind in config.get("layer_types") or ():
-        if kind != "full_attention":
-            raise InputError(f"{where}: layer_types: {kind!r} is not supported, only 'full_attention'")
-    if family == "mistral":
-        active = True
-    elif family in ("qwen2", "qwen3") and not config.get("layer_types"):
-        active = bool(config.get("use_sliding_window")) and config.get("max_window_layers", 28) < config.get(
-            "num_hidden_layers", 0
-        )
-    else:
-        active = False
-    window = config.get("sliding_window", 4096)  # transformers' default where the key is missing
-    if active and window is not None and window < positions:
-        raise InputError(
-            f"{where}: sliding_window: {window} is not supported; set it to null if no sequence is longer than that"
-        )
-
-
-def _llama_like(config: Mapping[str, Any], where: str, family: str) -> dict[str, Any]:
-    """Llama, Mistral, Qwen2 and Qwen3. Defaults are those of their configuration classes in transformers."""
-    hidden = _size(config, "hidden_size", where)
-    heads = _size(config, "num_attention_heads", where)
-    default_groups = {"llama": heads, "mistral": 8, "qwen2": 32, "qwen3": 32}[family]
-    if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
-        default_groups = heads
-    default_positions = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 32768}[family]
-    positions = _size(config, "max_position_embeddings", where, default_positions)
-    _refuse_sliding_window(config, where, family, positions)
-    base, scaling = _rope(config, where, positions)
-    attention_bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
-    head_dim = 128 if family == "qwen3" else _divide(hidden, heads, "hidden_size", config, where)
-    return {
-        "num_layers": _size(config, "num_hidden_layers", where),
-        "hidden_size": hidden,
-        "ffn_hidden_size": _size(config, "intermediate_size", where),
-        "num_attention_heads": heads,
-        "num_query_groups": _size(config, "num_key_value_heads", where, default_groups),
-        "head_dim": _size(config, "head_dim", where, head_dim),
-        "vocab_size": _size(config, "vocab_size", where),
-        "max_position_embeddings": positions,
-        "normalization": "RMSNorm",
-        "norm_epsilon": _number(config, "rms_norm_eps", where, 1e-6),
-        "activation": _activation(config, "hidden_act", where, "silu"),
-        "gated": True,
-        "qkv_bias": family == "qwen2" or attention_bias,
-        "attention_output_bias": attention_bias,
-        "mlp_bias": family == "llama" and bool(config.get("mlp_bias")),
-        "tied": bool(config.get("tie_word_embeddings", False)),
-        "position_embedding": "rope",
-        "rotary_base": base,
-        "rope_scaling": scaling,
-        "qk_norm": family == "qwen3",
-    }
-
-
-def _gpt2(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    hidden = _size(config, "n_embd", where)
-    heads = _size(config, "n_head", where)
-    return {
-        "num_layers": _size(config, "n_layer", where),
-        "hidden_size": hidden,
-        "ffn_hidden_size": _size(config, "n_inner", where, 4 * hidden),
-        "num_attention_heads": heads,
-        "num_query_groups": heads,
-        "head_dim": _divide(hidden, heads, "n_embd", {}, where),
-        "vocab_size": _size(config, "vocab_size", where),
-        "max_position_embeddings": _size(config, "n_positions", where, 1024),
-        "normalization": "LayerNorm",
-        "norm_epsilon": _number(config, "layer_norm_epsilon", where, 1e-5),
-        "activation": _activation(config, "activation_function", where, "gelu_new"),
-        "gated": False,
-        "qkv_bias": True,
-        "attention_output_bias": True,
-        "mlp_bias": True,
-        "tied": bool(config.get("tie_word_embeddings", True)),
-        "position_embedding": "learned_absolute",
-    }
-
-
-def _t5(config: Mapping[str, Any], where: str, family: str) -> dict[str, Any]:
-    """T5 1.0 and 1.1 (Flan-T5) and mT5."""
-    heads = _size(config, "num_heads", where, 8)
-    layers = _size(config, "num_layers", where, 6)
-    hidden = _size(config, "d_model", where)
-    kind = config.get("feed_forward_proj", "relu" if family == "t5" else "gated-gelu")
-    gated, _, name = kind.rpartition("-") if isinstance(kind, str) else ("?", "", "")
-    if gated not in ("", "gated") or name not in _HF_ACTIVATIONS:
-        raise InputError(f"{where}: feed_forward_proj: {_json(kind)} is not supported")
-    if kind == "gated-gelu":  # by which transformers means the tanh approximation
-        name = "gelu_new"
-    # T5 1.0 ties its head to the embedding and scales; 1.1 and mT5 do neither. transformers 5 ties in any case and
-    # writes down whether it scales.
-    tied = bool(config.get("tie_word_embeddings", family == "t5"))
-    scales = config.get("scale_decoder_outputs", tied) if family == "t5" else False
-    return {
-        "num_layers": _size(config, "num_decoder_layers", where, layers),
-        "encoder_layers": layers,
-        "hidden_size": hidden,
-        "ffn_hidden_size": _size(config, "d_ff", where),
-        "num_attention_heads": heads,
-        "num_query_groups": heads,
-        "head_dim": _size(config, "d_kv", where),
-        "vocab_size": _size(config, "vocab_size", where),
-        "max_position_embeddings": _ANY_LENGTH,
-        "normalization": "RMSNorm",
-        "norm_epsilon": _number(config, "layer_norm_epsilon", where, 1e-6),
-        "activation": _HF_ACTIVATIONS[name],
-        "gated": gated == "gated",
-        "qkv_bias": False,
-        "attention_output_bias": False,
-        "mlp_bias": False,
-        "tied": tied,
-        "position_embedding": "relative",
-        "decoder_start_id": _token(config, "decoder_start_token_id", where, _token(config, "pad_token_id", where, 0)),
-        "relative_buckets": _size(config, "relative_attention_num_buckets", where, 32),
-        "relative_max_distance": _size(config, "relative_attention_max_distance", where, 128),
-        "softmax_scale": 1.0,
-        "output_scale": hidden**-0.5 if scales else 1.0,
-    }
-
-
-def _token(config: Mapping[str, Any], key: str, where: str, default: int) -> int:
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise InputError(f"{where}: {key}: must be a token id, not {_json(value)}")
-    return value
-
-
-def _rope(config: Mapping[str, Any], where: str, positions: int) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling, as transformers 5 writes them (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`)."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = config.get(key) or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{where}: {key}: must be a mapping, not {_json(rope)}")
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise InputError(f"{where}: {key}: different rotary embeddings per kind of layer are not supported")
-    theta = rope if "rope_theta" in rope else config
-    base = _number(theta, "rope_theta", where, 10000.0)
-    if rope.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise InputError(f"{where}: {key}.partial_rotary_factor: only 1 is supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return base, None
-    if kind != "llama3":
-        raise InputError(f"{where}: {key}: type {kind!r} is not supported, only 'default' and 'llama3'")
-    scaling: dict[str, Any] = {"rope_type": "llama3"}
-    for name in _LLAMA3_ROPE:
-        default = positions if name == "original_max_position_embeddings" else None
-        scaling[name] = _number(rope, name, f"{where}: {key}", default)
-    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise InputError(f"{where}: {key}: low_freq_factor must be less than high_freq_factor")
-    return base, scaling
-
-
-def _size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        if default is None:
-            raise InputError(f"{where}: {key} is missing")
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{where}: {key}: must be a positive integer, not {_json(value)}")
-    return value
-
-
-def _number(config: Mapping[str, Any], key: str, where: str, default: float | None = None) -> float:
-    value = config.get(key, default)
-    if isinstance(value, str):
-        # YAML reads 1e-5 as text
-        try:
-            value = float(value)
-        except ValueError:
-            value = None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-        raise InputError(f"{where}: {key}: must be a positive number, not {_json(config.get(key))}")
-    return float(value)
-
-
-def _divide(hidden: int, heads: int, key: str, config: Mapping[str, Any], where: str) -> int:
-    if hidden % heads and config.get("head_dim") is None:
-        raise InputError(f"{where}: {key} {hidden} must be a multiple of the {heads} attention heads")
-    return hidden // heads
-
-
-def _activation(config: Mapping[str, Any], key: str, where: str, default: str) -> str:
-    name = config.get(key, default)
-    if name not in _HF_ACTIVATIONS:
-        raise InputError(f"{where}: {key}: {_json(name)} is not supported, only {', '.join(_HF_ACTIVATIONS)}")
-    return _HF_ACTIVATIONS[name]

@@ -1,6 +1,7 @@
 """The cast of a run: who plays student, teacher and critic, checked first and built after.
 
-`plan_models` reads nothing but `config.json` files and finds every contradiction; `build_*` allocate.
+`plan_models` reads nothing but `config.json` files (and of a T5 that is said to be tied, head and embedding) and finds
+every contradiction; `build_*` allocate.
 """
 
 from __future__ import annotations

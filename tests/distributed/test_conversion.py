@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
+import os
+import pickle
+import random
 import re
 import resource
 import shutil
@@ -197,6 +200,16 @@ def test_harmless_constants_are_left_out(tmp_path: Path) -> None:
         assert state_dict(tmp_path / f"{kind}-back").keys() == weights.keys()
 
 
+def test_equal_copies_of_a_t5s_embedding_are_dropped(tmp_path: Path) -> None:
+    save_hf_model("t5", tmp_path / "hf")
+    weights = state_dict(tmp_path / "hf")
+    copies = {f"{stack}.embed_tokens.weight": weights["shared.weight"].clone() for stack in ("encoder", "decoder")}
+    save_file({**weights, **copies}, tmp_path / "hf" / "model.safetensors")
+    hf_to_mcore(str(tmp_path / "hf"), tmp_path / "mcore")
+    export(tmp_path / "mcore", tmp_path / "back")
+    assert state_dict(tmp_path / "back").keys() == weights.keys()
+
+
 def test_an_equal_head_beside_a_tied_embedding_is_dropped(tmp_path: Path) -> None:
     save_hf_model("llama-tied", tmp_path / "hf")
     weights = state_dict(tmp_path / "hf")
@@ -210,13 +223,105 @@ def test_an_equal_head_beside_a_tied_embedding_is_dropped(tmp_path: Path) -> Non
 def test_an_earlier_conversion_is_replaced_and_nothing_else(folders: dict[str, Path], tmp_path: Path) -> None:
     for kind in ("llama", "gpt2"):
         hf_to_mcore(str(folders[kind] / "hf"), tmp_path / "mcore")
-    export(tmp_path / "mcore", tmp_path / "back")
+        export(tmp_path / "mcore", tmp_path / "back", max_shard_bytes=30_000)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "gpt2"
-    with pytest.raises(InputError, match="back: exists and is not an earlier conversion; move it"):
+    with pytest.raises(InputError, match="back: exists and is not an earlier conversion alone; move it"):
         hf_to_mcore(str(folders["llama"] / "hf"), tmp_path / "back")
-    with pytest.raises(InputError, match="mcore: exists and is not an exported model; move it"):
+    with pytest.raises(InputError, match="mcore: exists and is not an exported model alone; move it"):
         export(tmp_path / "mcore", tmp_path / "mcore")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "mcore"]
+
+
+def a_project(folder: Path) -> None:
+    """A program's own folder that happens to have a config.json."""
+    (folder / ".git").mkdir(parents=True)
+    for name in ("config.json", "metadata.json", ".metadata", ".git/HEAD", "thesis.tex"):
+        (folder / name).write_text("{}")
+
+
+def a_downloaded_model(folder: Path) -> None:
+    """As transformers saved it: no mark of an export."""
+    save_hf_model("llama", folder)
+
+
+def an_export_with_notes(folder: Path) -> None:
+    save_hf_model("llama", folder.with_name("source"))
+    hf_to_mcore(str(folder.with_name("source")), folder.with_name("converted"))
+    export(folder.with_name("converted"), folder)
+    (folder / "notes.md").write_text("BLEU 31.2")
+
+
+def an_export_with_a_folder(folder: Path) -> None:
+    an_export_with_notes(folder)
+    (folder / "notes.md").unlink()
+    (folder / "checkpoints").mkdir()
+
+
+def a_conversion_with_notes(folder: Path) -> None:
+    save_hf_model("llama", folder.with_name("source"))
+    hf_to_mcore(str(folder.with_name("source")), folder)
+    (folder / "notes.md").write_text("BLEU 31.2")
+
+
+def a_checkpoint_of_megatron(folder: Path) -> None:
+    """With a second rank's file, and a config.json put beside."""
+    a_conversion_with_notes(folder)
+    (folder / "notes.md").rename(folder / "__1_0.distcp")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        a_project, a_downloaded_model, an_export_with_notes, an_export_with_a_folder, a_conversion_with_notes,
+        a_checkpoint_of_megatron,
+    ],
+)  # fmt: skip
+def test_nothing_of_the_users_is_destroyed(
+    folders: dict[str, Path], tmp_path: Path, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "mine")
+    before = {file: file.read_bytes() for file in (tmp_path / "mine").rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match="mine: exists and is not an earlier conversion alone; move it"):
+        hf_to_mcore(str(folders["llama"] / "hf"), tmp_path / "mine")
+    with pytest.raises(InputError, match="mine: exists and is not an exported model alone; move it"):
+        export(folders["llama"] / "mcore", tmp_path / "mine")
+    assert {file: file.read_bytes() for file in (tmp_path / "mine").rglob("*") if file.is_file()} == before
+
+
+def test_the_output_may_be_the_working_directory_or_a_link(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"mcore": partial(hf_to_mcore, str(folders["llama"] / "hf")), "hf": partial(export, tmp_path / "mcore")}
+    for name, convert in steps.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / name)
+        for _ in range(2):
+            monkeypatch.chdir(tmp_path / name)
+            convert(Path("."))
+            convert(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        (tmp_path / "link").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mcore"]
+    assert state_dict(tmp_path / "hf").keys() == state_dict(folders["llama"] / "hf").keys()
+
+
+def test_the_earlier_folder_stays_where_the_new_one_cannot_take_its_name(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(folders["llama"] / "mcore", tmp_path / "back")
+    before = (tmp_path / "back" / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(InputError, match="back: the model cannot be written: Permission denied; "):
+        export(folders["qwen2"] / "mcore", tmp_path / "back")
+    assert [path.name for path in tmp_path.iterdir()] == ["back"]
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == before
 
 
 def test_numbers_too_large_for_a_type_are_not_made_infinite(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -561,12 +666,94 @@ def test_a_broken_folder_is_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+def second_embedding(folder: Path, stack: str) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{stack}.embed_tokens.weight"] = tensors["shared.weight"].flip(0)
+
+    tensors_of(folder, add)
+
+
+CROSS = "decoder.block.2.layer.1.EncDecAttention.k.weight"
+BROKEN_T5: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "another embedding for the encoder": (
+        lambda folder: second_embedding(folder, "encoder"),
+        "tensor encoder.embed_tokens.weight differs from shared.weight; two embeddings in one model are not supported",
+    ),
+    "another embedding for the decoder": (
+        lambda folder: second_embedding(folder, "decoder"),
+        "tensor decoder.embed_tokens.weight differs from shared.weight; two embeddings in one model are not supported",
+    ),
+    "the embedding under another name alone": (
+        lambda folder: tensors_of(folder, lambda t: t.update({"encoder.embed_tokens.weight": t.pop("shared.weight")})),
+        "{0}: its weights have no tensor shared.weight; they are incomplete or not of this config.json",
+    ),
+    "no cross-attention": (
+        lambda folder: tensors_of(folder, lambda t: t.pop(CROSS)),
+        f"{{0}}: its weights have no tensor {CROSS}; they are incomplete or not of this config.json",
+    ),
+    "fewer layers of the encoder in config.json": (
+        lambda folder: config_of(folder, num_layers=2),
+        "model.safetensors: holds encoder.block.2.layer.0.SelfAttention.k.weight, ",
+    ),
+    "an embedding that is no table": (
+        lambda folder: tensors_of(folder, lambda t: t.update({"shared.weight": torch.tensor(1.0)})),
+        "model.safetensors: tensor shared.weight has shape [], but config.json makes it [53, 32]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(BROKEN_T5))
+def test_a_broken_t5_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    damage, message = BROKEN_T5[kind]
+    source = tmp_path / "hf"
+    save_hf_model("mt5", source)
+    damage(source)
+    capsys.readouterr()
+    assert tool("convert_hf_to_mcore").main([str(source), str(tmp_path / "mcore")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert message.format(source) in said
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def flip(file: Path, place: float) -> None:
+    """Change one byte, at a fraction of the file's length."""
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 0x20
+    file.write_bytes(content)
+
+
+class RunsCode:
+    """What a hostile file holds."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch code-was-run",)
+
+
 BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no list of tensors": (
         lambda folder: (folder / ".metadata").unlink(),
         "{0}: has no .metadata, so it is no checkpoint in Megatron-Core's torch_dist format; give a folder that",
     ),
     "cut list of tensors": (lambda folder: cut_short(folder / ".metadata"), "{0}/.metadata: is damaged ("),
+    "code for a list of tensors": (
+        lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(RunsCode())),
+        "{0}/.metadata: is damaged (posix.system has no place in a list of tensors); copy it again",
+    ),
+    "code behind a known class": (
+        lambda folder: (folder / ".metadata").write_bytes(
+            b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93"
+            b"\x8c\x12touch code-was-run\x85R."
+        ),
+        "{0}/.metadata: is damaged (torch.distributed.checkpoint.metadata.os.system has no place in a list of tensors)",
+    ),
+    "a changed number": (
+        lambda folder: flip(folder / "__0_0.distcp", 0.5),
+        "cannot be read, a .distcp file is missing or damaged (the checksums in __0_0.distcp are others); copy",
+    ),
     "no tensors": (
         lambda folder: (folder / "__0_0.distcp").unlink(),
         "{0}: embedding.word_embeddings.weight cannot be read, a .distcp file is missing or damaged (",
@@ -608,3 +795,25 @@ def test_a_broken_checkpoint_is_one_line_and_leaves_nothing(
     assert said.count("\n") == 1
     assert message.format(source) in said
     assert [path.name for path in tmp_path.iterdir()] == ["mcore"]
+    assert not Path("code-was-run").exists()
+
+
+def test_any_changed_byte_in_the_list_of_tensors_is_one_line_or_harmless(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders["llama"] / "mcore", tmp_path / "mcore")
+    file = tmp_path / "mcore" / ".metadata"
+    content = file.read_bytes()
+    expected = state_dict(folders["llama"] / "hf")
+    noise, refused = random.Random(0), 0
+    for _ in range(60):
+        changed = bytearray(content)
+        changed[noise.randrange(len(content))] = noise.randrange(256)
+        file.write_bytes(changed)
+        try:
+            export(tmp_path / "mcore", tmp_path / "hf")
+        except InputError as error:
+            refused += 1 if "\n" not in str(error) else -100
+        else:
+            assert all(torch.equal(expected[name], tensor) for name, tensor in state_dict(tmp_path / "hf").items())
+    assert refused > 10

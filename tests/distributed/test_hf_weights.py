@@ -236,13 +236,18 @@ def export_with_extras(folder: Path, root: Path) -> None:
     def fail(target: Path) -> None:
         raise PermissionError(13, "Permission denied", str(target))
 
+    def interrupt(target: Path) -> None:
+        raise KeyboardInterrupt
+
     export_hf(model, root / "good", architecture, layout, copy_tokenizer=copy_tokenizer)
     export_hf(model, root / "good", architecture, layout, copy_tokenizer=copy_tokenizer)  # replaces itself
     with pytest.raises(InputError, match="bad: the model cannot be written: Permission denied; "):
         export_hf(model, root / "bad", architecture, layout, copy_tokenizer=fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_hf(model, root / "stopped", architecture, layout, copy_tokenizer=interrupt)
     (root / "mine").mkdir()
     (root / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="mine: exists and is not an exported model; move it"):
+    with pytest.raises(InputError, match="mine: exists and is not an exported model alone; move it"):
         export_hf(model, root / "mine", architecture, layout)
 
 

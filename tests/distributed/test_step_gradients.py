@@ -47,9 +47,9 @@ T5_LAYOUTS: dict[str, tuple[int, int, int, bool]] = {
     "tp2": (2, 1, 1, False),
     "tp2-sp": (2, 1, 1, True),
     "pp2": (1, 2, 1, False),
-    "pp3": (1, 3, 1, False),
     "dp2": (1, 1, 2, False),
-    "pp2-dp2": (1, 2, 2, False),
+    "tp2-dp2": (2, 1, 2, False),
+    "pp3-dp2": (1, 3, 2, False),
     "tp2-pp2-sp": (2, 2, 1, True),
     "tp2-pp3-sp": (2, 3, 1, True),
 }

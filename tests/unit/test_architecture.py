@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import transformers
 
 from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import Architecture, gelu_tanh, load_architecture
-from tests.hf_models import MODELS, make_hf_model
+from tests.hf_models import MODELS, T5_MODELS, make_hf_model, save_hf_model
 
 LLAMA: dict[str, Any] = MODELS["llama"]
 QWEN2: dict[str, Any] = MODELS["qwen2"]
 GPT2: dict[str, Any] = MODELS["gpt2"]
+T5: dict[str, Any] = T5_MODELS["t5"]
+YARN = "rope_scaling: type 'yarn' is not supported, only 'default' and 'llama3'"
 
 
 def _without(config: dict[str, Any], key: str) -> dict[str, Any]:
@@ -94,6 +97,45 @@ def test_any_llama3_scaling_is_that_of_transformers(base: float, low: float, hig
     config = transformers.LlamaConfig(**settings)
     expected, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     assert torch.equal(Architecture.from_hf(settings, "llama").inverse_frequencies(), expected)
+
+
+def test_the_original_length_beside_the_scaling_goes_first_as_in_transformers() -> None:
+    settings = {**LLAMA, "head_dim": 128, "rope_parameters": MODELS["llama3-rope"]["rope_parameters"]}
+    settings["original_max_position_embeddings"] = 100
+    config = transformers.LlamaConfig(**json.loads(json.dumps(settings)))
+    expected, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    assert torch.equal(Architecture.from_hf(settings, "llama").inverse_frequencies(), expected)
+    del settings["original_max_position_embeddings"]
+    assert not torch.equal(Architecture.from_hf(settings, "llama").inverse_frequencies(), expected)
+
+
+def test_t5_scales_as_transformers_does() -> None:
+    for said in ({}, {"tie_word_embeddings": None}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}):
+        for scales in ({}, {"scale_decoder_outputs": True}, {"scale_decoder_outputs": False}):
+            config = transformers.T5Config(**{**T5, **said, **scales})
+            found = Architecture.from_hf({**T5, **said, **scales}, "t5").output_scale
+            assert (found != 1) == config.scale_decoder_outputs, (said, scales)
+
+
+def test_whether_a_t5_of_the_hub_has_its_own_head_does_not_depend_on_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a folder here, from which the client's function copies what is asked for."""
+    save_hf_model("mt5", tmp_path / "hub")  # config.json says tied, the weights say otherwise
+    cache = tmp_path / "cache"
+    cache.mkdir()
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        for pattern in allow_patterns:
+            for file in (tmp_path / "hub").glob(pattern):
+                shutil.copy(file, cache)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, name: f"{download(_, [name])}/{name}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("megatron_amd.models.model_files.check_hub_reachable", lambda *_: None)
+    assert not load_architecture("somebody/mt5", None, "student").tied
+    assert not load_architecture("somebody/mt5", None, "student").tied
 
 
 def test_own_code_that_names_our_class_is_no_obstacle() -> None:
@@ -175,6 +217,28 @@ def test_a_window_that_no_sequence_reaches_is_no_window() -> None:
         ({**LLAMA, "vocab_size": None}, "vocab_size is missing"),
         ({**LLAMA, "num_hidden_layers": 0}, "num_hidden_layers: must be a positive integer, not 0"),
         ({**LLAMA, "rms_norm_eps": "tiny"}, 'rms_norm_eps: must be a positive number, not "tiny"'),
+        ({**LLAMA, "rms_norm_eps": float("nan")}, "rms_norm_eps: must be a positive number, not NaN"),
+        ({**LLAMA, "rope_theta": float("inf")}, "rope_theta: must be a positive number, not Infinity"),
+        ({**LLAMA, "rope_theta": 10**400}, "rope_theta: must be a positive number, not 1000"),
+        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": 4}, "rope_parameters": {"rope_type": "default"}}, YARN),
+        ({**LLAMA, "layer_types": 5}, "layer_types: must be a list, not 5"),
+        ({**LLAMA, "layer_types": ["full_attention"]}, "layer_types: names 1 layers, but num_hidden_layers is 4"),
+        ({**LLAMA, "num_local_experts": "8"}, 'num_local_experts: must be a whole number from 0 on, not "8"'),
+        ({**LLAMA, "num_experts": [8]}, "num_experts: must be a whole number from 0 on, not [8]"),
+        ({**LLAMA, "hidden_act": ["silu"]}, 'hidden_act: ["silu"] is not supported, only silu'),
+        ({**GPT2, "activation_function": {"a": 1}}, 'activation_function: {"a": 1} is not supported'),
+        ({**LLAMA, "model_type": ["llama"]}, "model_type ['llama'] is not supported; supported are llama"),
+        ({**LLAMA, "tie_word_embeddings": "false"}, 'tie_word_embeddings: must be true or false, not "false"'),
+        ({**T5, "tie_word_embeddings": 1}, "tie_word_embeddings: must be true or false, not 1"),
+        ({**T5, "scale_decoder_outputs": "no"}, 'scale_decoder_outputs: must be true or false, not "no"'),
+        ({**LLAMA, "mlp_bias": "no"}, 'mlp_bias: must be true or false, not "no"'),
+        ({**QWEN2, "use_sliding_window": "false"}, 'use_sliding_window: must be true or false, not "false"'),
+        ({**QWEN2, "use_sliding_window": True, "max_window_layers": []}, "max_window_layers: must be a whole number"),
+        ({**LLAMA, "model_type": "mistral", "sliding_window": "x"}, "sliding_window: must be a positive integer, not"),
+        ({**LLAMA, "rope_interleaved": True}, "rope_interleaved: only false is supported, not true"),
+        ({**QWEN2, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping: only null is supported, not 50.0"),
+        ({**QWEN2, "final_logit_softcapping": 30.0}, "final_logit_softcapping: only null is supported, not 30.0"),
+        ({**QWEN2, "logit_scale": 0.5}, "logit_scale: only 1 is supported, not 0.5"),
         ({**GPT2, "n_embd": 33}, "n_embd 33 must be a multiple of the 4 attention heads"),
     ],
 )

@@ -6,10 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from megatron_amd.config import load_config
 from megatron_amd.training.plan import describe_plan
@@ -110,13 +113,19 @@ def test_every_config_is_planned_and_fits(path: Path, hub_cache: Path, tmp_path:
     assert max(peaks) < (8 if ranks == 2 else 74)
 
 
-def test_task_data_becomes_prompts_and_responses(tmp_path: Path):
-    sys.path.insert(0, str(ROOT / "examples/t5"))
+def import_example(folder: str, name: str) -> types.ModuleType:
+    """A program of an example as a module, which finds those beside it."""
+    sys.path.insert(0, str(ROOT / folder))
     try:
-        prepare = importlib.import_module("prepare")
+        return importlib.import_module(name)
     finally:
         sys.path.pop(0)
-        sys.modules.pop("prepare", None)
+        for other in (ROOT / folder).glob("*.py"):
+            sys.modules.pop(other.stem, None)
+
+
+def test_task_data_becomes_prompts_and_responses(tmp_path: Path):
+    prepare = import_example("examples/t5", "prepare")
     rows = {
         "samsum": {"dialogue": "A: hi", "summary": "A greets."},
         "iwslt17": {"translation": {"en": "Thanks.", "de": "Danke."}},
@@ -131,9 +140,9 @@ def test_task_data_becomes_prompts_and_responses(tmp_path: Path):
         task = prepare.TASKS[name]._replace(held_out=1)
         empty = {**row, **({"summary": " "} if name == "samsum" else {})}
         prepare.write({"train": [row, empty, row]}, task, tmp_path / name)
-        lines = [json.loads(line) for line in (tmp_path / name / "train.jsonl").open()]
+        lines = [json.loads(line) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
         assert lines == [expected[name]] * (1 if name == "samsum" else 2)
-        assert [json.loads(line) for line in (tmp_path / name / "validation.jsonl").open()] == [expected[name]]
+        assert json.loads((tmp_path / name / "validation.jsonl").read_text()) == expected[name]
 
 
 def multi30k(folder: Path, *arguments: str) -> tuple[int, str]:
@@ -168,3 +177,27 @@ def test_multi30k_keeps_to_the_options_it_was_begun_with(tmp_path: Path):
     assert said == (
         f"error: {tmp_path}: was begun with other options (seconds 5.0 -> 2.0); give those, or another --output\n"
     )
+
+
+def test_multi30k_counts_what_a_run_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From another working directory: the programs that are called are found by their place."""
+    run = import_example("examples/multi30k", "run")
+    sentences = ["Ein Hund rennt über die Wiese .", "Zwei Männer sitzen auf einer Bank ."]
+    (tmp_path / "inputs").mkdir()
+    rows = [json.dumps({"prompt": "A", "response": sentence}) for sentence in sentences]
+    (tmp_path / "inputs" / "test.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "kl" / "student").mkdir(parents=True)
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, tmp_path / "kl" / "student" / "model.safetensors")
+    logged = [{"time/iteration": 0.5}, {"evaluation/kl": 1.0}, {"time/iteration": 1.5}]
+    (tmp_path / "kl" / "metrics.jsonl").write_text("\n".join(map(json.dumps, logged)) + "\n")
+
+    def generate(command: list[str], check: bool) -> None:
+        assert Path(command[1]).is_file()
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir(parents=True)
+        (folder / "responses-00000.jsonl").write_text("\n".join(rows) + "\n")
+
+    monkeypatch.setattr(run.subprocess, "run", generate)
+    monkeypatch.chdir(tmp_path)
+    row = run.row(types.SimpleNamespace(output=tmp_path), "KL", tmp_path / "kl")
+    assert row == {"parameters": 17, "iterations": 2, "seconds": 2.0, "bleu": 100.0}

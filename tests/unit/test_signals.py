@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from megatron_amd import train
+from megatron_amd import program, train
 from megatron_amd.training.signals import StopSignals
 
 
@@ -47,3 +47,14 @@ def test_ctrl_c_before_the_first_step_is_no_stack_trace(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(train, "load_config", interrupted)
     assert train.main([]) == 128 + signal.SIGINT
+
+
+def test_sigterm_leaves_a_conversion_through_its_cleaning_up() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        program.leave_at_sigterm()
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 128 + signal.SIGTERM
