@@ -60,7 +60,7 @@ def read_files(folder: Path, split: str) -> list[tuple[str, str]]:
         if file is None:
             raise InputError(f"{folder}: has none of {', '.join(names)}; give the folder of the Multi30k corpus")
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        sides.append(content.decode("utf-8").splitlines())
+        sides.append(content.decode("utf-8").rstrip("\n").split("\n"))  # other characters may end a line, too
     if len(sides[0]) != len(sides[1]):
         raise InputError(f"{folder}: {split} has {len(sides[0])} English and {len(sides[1])} German lines")
     return [(en.strip(), de.strip()) for en, de in zip(*sides, strict=True) if en.strip() and de.strip()]

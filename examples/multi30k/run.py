@@ -129,7 +129,8 @@ def records(directory: Path) -> list[dict[str, Any]]:
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def row(options: argparse.Namespace, name: str, directory: Path) -> dict[str, Any]:
