@@ -367,7 +367,10 @@ def _marked(file: Path) -> bool:
 
 def _check_replaced(folder: Path, is_replaceable: bool, what: str) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not is_replaceable:
-        raise InputError(f"{folder}: exists and is not an {what} alone; move it or choose another folder")
+        raise InputError(
+            f"{folder}: exists and is not an {what} of megatron_amd, or not that alone; move it or "
+            "choose another folder"
+        )
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, where the {what} would be; move it or choose another folder")
 

@@ -59,6 +59,8 @@ pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 KINDS = (*MODELS, *T5_MODELS)
+NO_CONVERSION = "exists and is not an earlier conversion of megatron_amd, or not that alone; move it"
+NO_EXPORT = "exists and is not an exported model of megatron_amd, or not that alone; move it"
 
 
 def export(converted: Path, folder: Path, **options: Any) -> None:
@@ -225,9 +227,9 @@ def test_an_earlier_conversion_is_replaced_and_nothing_else(folders: dict[str, P
         hf_to_mcore(str(folders[kind] / "hf"), tmp_path / "mcore")
         export(tmp_path / "mcore", tmp_path / "back", max_shard_bytes=30_000)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "gpt2"
-    with pytest.raises(InputError, match="back: exists and is not an earlier conversion alone; move it"):
+    with pytest.raises(InputError, match=f"back: {NO_CONVERSION}"):
         hf_to_mcore(str(folders["llama"] / "hf"), tmp_path / "back")
-    with pytest.raises(InputError, match="mcore: exists and is not an exported model alone; move it"):
+    with pytest.raises(InputError, match=f"mcore: {NO_EXPORT}"):
         export(tmp_path / "mcore", tmp_path / "mcore")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "mcore"]
 
@@ -281,9 +283,9 @@ def test_nothing_of_the_users_is_destroyed(
 ) -> None:
     make(tmp_path / "mine")
     before = {file: file.read_bytes() for file in (tmp_path / "mine").rglob("*") if file.is_file()}
-    with pytest.raises(InputError, match="mine: exists and is not an earlier conversion alone; move it"):
+    with pytest.raises(InputError, match=f"mine: {NO_CONVERSION}"):
         hf_to_mcore(str(folders["llama"] / "hf"), tmp_path / "mine")
-    with pytest.raises(InputError, match="mine: exists and is not an exported model alone; move it"):
+    with pytest.raises(InputError, match=f"mine: {NO_EXPORT}"):
         export(folders["llama"] / "mcore", tmp_path / "mine")
     assert {file: file.read_bytes() for file in (tmp_path / "mine").rglob("*") if file.is_file()} == before
 

@@ -247,7 +247,9 @@ def export_with_extras(folder: Path, root: Path) -> None:
         export_hf(model, root / "stopped", architecture, layout, copy_tokenizer=interrupt)
     (root / "mine").mkdir()
     (root / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="mine: exists and is not an exported model alone; move it"):
+    with pytest.raises(
+        InputError, match="mine: exists and is not an exported model of megatron_amd, or not that alone; move it"
+    ):
         export_hf(model, root / "mine", architecture, layout)
 
 
