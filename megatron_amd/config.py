@@ -70,7 +70,7 @@ class ModelConfig:
     """One model: a Hugging Face folder or hub name, or sizes written out."""
 
     path: str | None = None
-    """Folder or hub name with `config.json`, safetensors and tokenizer files. Families: Llama, Mistral, Qwen2,
+    """Folder or hub name with `config.json`, safetensors and tokenizer files. Families: Llama, Mistral, Qwen2, Qwen3,
     GPT-2, T5, mT5. No code from the folder is run."""
     architecture: dict[str, Any] | None = None
     """Instead of `path`: the contents of a Hugging Face `config.json`, for a model trained from scratch."""

@@ -4,11 +4,12 @@
     python tools/convert_hf_to_mcore.py models/llama llama-mcore --dtype bf16 --verify
 
 For other programs on Megatron-Core: megatron_amd itself reads Hugging Face folders. The result is in Megatron-Core's
-torch_dist format, its tensors named as a GPTModel names them, and loads into any tensor- and pipeline-parallel layout.
-config.json, generation_config.json and the tokenizer's files lie beside it; tools/convert_mcore_to_hf.py turns it back.
+torch_dist format, its tensors named as a GPTModel names them (a T5's as megatron_amd.models.t5 does), and loads into
+any tensor- and pipeline-parallel layout. config.json, generation_config.json and the tokenizer's files lie beside it;
+tools/convert_mcore_to_hf.py turns it back.
 
-Runs as one process, without a GPU, and holds one parameter at a time. Exit status: 0, or 2 with one line about what is
-wrong.
+Runs as one process, without a GPU, and holds one parameter at a time. Exit status: 0; 2 with one line about what is
+wrong; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_amd.errors import InputError
-from megatron_amd.program import Parser, leave_at_sigterm, run_program
+from megatron_amd.program import Parser, leave_at_sigterm, run_program, warn
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +46,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="run the result and the source in transformers on a few texts, and print the largest difference of logits",
+        help="run the result in Megatron-Core and the source in transformers on a few texts, and print the largest "
+        "difference of logits",
     )
     parser.add_argument(
         "--pad-vocabulary-to",
@@ -64,6 +66,7 @@ def _run(options: argparse.Namespace) -> int:
     import torch  # heavy imports wait until the arguments are known to be right
 
     from megatron_amd.checkpoint.hf import hf_to_mcore
+    from megatron_amd.data.tokenizer import TOKENIZER_FILES
     from megatron_amd.distributed.quiet import silence_known_warnings
 
     silence_known_warnings()
@@ -75,6 +78,8 @@ def _run(options: argparse.Namespace) -> int:
         vocabulary_multiple=options.pad_vocabulary_to,
     )
     print(f"{options.output}: {options.source} as a Megatron-Core checkpoint")
+    if not any((options.output / name).is_file() for name in TOKENIZER_FILES):
+        warn(f"{options.source} has no tokenizer files, so none lie beside the result")
     if options.verify:
         from megatron_amd.checkpoint.verify import compare
 

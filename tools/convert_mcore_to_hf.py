@@ -1,7 +1,7 @@
 """Write a Megatron-Core checkpoint as a Hugging Face folder that `transformers` loads.
 
-    python tools/convert_mcore_to_hf.py runs/demo student-hf                                  # the newest checkpoint
-    python tools/convert_mcore_to_hf.py runs/demo/checkpoints/step-00000100 student-step-100 --verify
+    python tools/convert_mcore_to_hf.py runs/mine student-hf                                  # the newest checkpoint
+    python tools/convert_mcore_to_hf.py runs/mine/checkpoints/step-00000100 student-step-100 --verify
     python tools/convert_mcore_to_hf.py smollm2-mcore smollm2-hf --dtype bf16
 
 The source is a run of megatron_amd.train, of which the student is written, or one of its checkpoints, or a folder that
@@ -9,7 +9,7 @@ tools/convert_hf_to_mcore.py wrote. A run's student and tokenizer folders must s
 config.json and tokenizer files are read again. No code that a checkpoint may name is run.
 
 Runs as one process, without a GPU, whatever the layout that wrote the checkpoint, and holds one parameter at a time.
-Exit status: 0, or 2 with one line about what is wrong.
+Exit status: 0; 2 with one line about what is wrong; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="run the source and the result in transformers on a few texts, and print the largest difference of logits",
+        help="run the source in Megatron-Core and the result in transformers on a few texts, and print the largest "
+        "difference of logits",
     )
     parser.add_argument(
         "--shard-gib", type=float, default=4.0, metavar="N", help="largest size of a file of weights (default: 4)"
@@ -97,9 +98,9 @@ def _run(options: argparse.Namespace) -> int:
 def _converted(source: Path) -> tuple[Path, Architecture, Callable[[Path], None]]:
     """Of a folder that convert_hf_to_mcore.py wrote: itself, its model, and what copies the files beside it."""
     from megatron_amd.checkpoint.hf_files import copy_carried
-    from megatron_amd.models.architecture import load_architecture
+    from megatron_amd.models.architecture import folder_architecture
 
-    return source, load_architecture(str(source), None, "source"), functools.partial(copy_carried, source)
+    return source, folder_architecture(str(source), "source"), functools.partial(copy_carried, source)
 
 
 def _student(source: Path) -> tuple[Path, Architecture, Callable[[Path], None]]:
@@ -123,11 +124,20 @@ def find_checkpoint(source: Path) -> Path:
 
     if (source / store.STATE_FILE).is_file():
         return source
+    if not source.is_dir():
+        raise InputError(f"source: there is no folder {source}")
     newest = store.latest(source / "checkpoints")
+    if newest is None and (source / ".metadata").is_file():
+        raise InputError(
+            f"{source}: has no config.json or metadata.json beside its .metadata; give a folder as "
+            "convert_hf_to_mcore.py wrote it"
+        )
+    if newest is None and (source / "config.json").is_file():
+        raise InputError(f"{source}: is a Hugging Face folder already; tools/convert_hf_to_mcore.py is the other way")
     if newest is None:
         raise InputError(
             f"{source}: is neither a checkpoint nor a run directory with one, nor a folder that convert_hf_to_mcore.py "
-            "wrote; give runs/NAME"
+            "wrote; give run.directory"
         )
     return newest
 

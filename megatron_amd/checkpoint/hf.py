@@ -43,7 +43,7 @@ from megatron_amd.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from megatron_amd.distributed.initialize import agreed
 from megatron_amd.distributed.layout import Layout
 from megatron_amd.errors import InputError
-from megatron_amd.models.architecture import Architecture, load_architecture
+from megatron_amd.models.architecture import Architecture, folder_architecture
 from megatron_amd.models.hf_config import FAMILIES
 
 __all__ = [
@@ -75,7 +75,11 @@ def hf_to_mcore(
     """
     folder = folder.resolve()  # a link stays one
     check_conversion_folder(folder)
-    architecture = load_architecture(source, None, "source")
+    if (Path(source) / ".metadata").is_file():
+        raise InputError(f"source: {source} is a Megatron-Core checkpoint; tools/convert_mcore_to_hf.py turns it back")
+    if folder.is_relative_to(Path(source).expanduser().resolve()):
+        raise InputError(f"{folder}: lies in the model's own folder; choose another folder")
+    architecture = folder_architecture(source, "source")
     weights = _own_weights(architecture)
     with WeightFiles(source, "source", also=CARRIED) as files:
         files.check(weights, family_of(architecture), is_cut=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -323,7 +324,8 @@ def publish(partial: Path, folder: Path) -> None:
 
 def cannot_write(folder: Path, error: OSError) -> InputError:
     reason = error.strerror or str(error)
-    return InputError(f"{folder}: the model cannot be written: {reason}; make room or choose another folder")
+    advice = "make room or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return InputError(f"{folder}: the model cannot be written: {reason}; {advice}choose another folder")
 
 
 def check_export_folder(folder: Path) -> None:

@@ -258,8 +258,13 @@ def load_architecture(path: str | None, inline: Mapping[str, Any] | None, where:
         return Architecture.from_hf(inline, f"{where}.architecture")
     if path is None:
         raise InputError(f"{where}: needs a path (a folder or hub name) or an architecture")
-    file = model_file(path, "config.json", f"{where}.path")
+    return folder_architecture(path, f"{where}.path")
+
+
+def folder_architecture(path: str, where: str) -> Architecture:
+    """The same of a folder or hub name; `where` is the setting itself."""
+    file = model_file(path, "config.json", where)
     architecture = Architecture.from_hf(read_json(file), str(file))
-    if architecture.has_encoder and architecture.tied and has_own_head(path, f"{where}.path"):
+    if architecture.has_encoder and architecture.tied and has_own_head(path, where):
         return replace(architecture, tied=False)
     return architecture

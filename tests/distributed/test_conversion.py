@@ -455,7 +455,7 @@ def test_help_has_examples_and_the_two_are_alike(name: str, capsys: pytest.Captu
     ("name", "arguments", "message"),
     [
         ("convert_hf_to_mcore", [], "command line: the following arguments are required: source, output; --help shows"),
-        ("convert_hf_to_mcore", ["{0}/hf", "{0}/new"], "source.path: there is no folder {0}/hf"),
+        ("convert_hf_to_mcore", ["{0}/hf", "{0}/new"], "source: there is no folder {0}/hf"),
         (
             "convert_hf_to_mcore",
             ["{0}", "{0}/x", "--pad-vocabulary-to", "0"],
@@ -472,6 +472,40 @@ def test_mistakes_on_the_command_line(
     assert tool(name).main([argument.format(tmp_path) for argument in arguments]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message.format(tmp_path)}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "output", "message"),
+    [
+        ("convert_mcore_to_hf", "nowhere", "new", "source: there is no folder {0}/nowhere"),
+        ("convert_mcore_to_hf", "hf", "new", "{0}/hf: is a Hugging Face folder already; tools/convert_hf_to_mcore.py"),
+        ("convert_mcore_to_hf", "cut", "new", "{0}/cut: has no config.json or metadata.json beside its .metadata"),
+        ("convert_hf_to_mcore", "mcore", "new", "source: {0}/mcore is a Megatron-Core checkpoint; tools/convert_mcore"),
+        ("convert_hf_to_mcore", "hf", "hf/new", "{0}/hf/new: lies in the model's own folder; choose another folder"),
+    ],
+)
+def test_folders_that_are_another_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, source: str, output: str, message: str
+) -> None:
+    for folder, files in {"hf": ["config.json"], "cut": [".metadata"], "mcore": ["config.json", ".metadata"]}.items():
+        (tmp_path / folder).mkdir()
+        for file in files:
+            (tmp_path / folder / file).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    assert tool(name).main([str(tmp_path / source), str(tmp_path / output)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message.format(tmp_path)}")
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_without_a_tokenizer_is_told_of(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool("convert_hf_to_mcore").main([str(folders["llama"] / "hf"), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == (
+        f"warning: {folders['llama'] / 'hf'} has no tokenizer files, so none lie beside the result\n"
+    )
 
 
 # Broken folders
@@ -606,7 +640,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no config.json": (
         lambda folder: (folder / "config.json").unlink(),
-        "source.path: {0} has no config.json; give the folder of a Hugging Face model",
+        "source: {0} has no config.json; give the folder of a Hugging Face model",
     ),
     "config.json cut short": (
         lambda folder: cut_short(folder / "config.json"),
