@@ -287,7 +287,7 @@ class FolderWriter:
             head[name] = {"dtype": _TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [first, end]}
             first = end
         text = json.dumps(head, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+        text += b" " * (-(8 + len(text)) % 64)  # mapped tensors begin where vector instructions like them
         return len(text).to_bytes(8, "little") + text
 
     def _end(self) -> None:

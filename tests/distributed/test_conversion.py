@@ -202,6 +202,18 @@ def test_harmless_constants_are_left_out(tmp_path: Path) -> None:
         assert state_dict(tmp_path / f"{kind}-back").keys() == weights.keys()
 
 
+def test_the_scaling_before_a_t5s_own_head_is_kept_where_config_json_does_not_name_it(tmp_path: Path) -> None:
+    model = save_hf_model("t5-own-head", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["tie_word_embeddings"]
+    assert config.pop("scale_decoder_outputs")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    hf_to_mcore(str(tmp_path / "hf"), tmp_path / "mcore")
+    export(tmp_path / "mcore", tmp_path / "back")
+    back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "back")
+    assert torch.allclose(hf_logits(back, random_tokens()), hf_logits(model, random_tokens()), rtol=1e-5, atol=1e-6)
+
+
 def test_equal_copies_of_a_t5s_embedding_are_dropped(tmp_path: Path) -> None:
     save_hf_model("t5", tmp_path / "hf")
     weights = state_dict(tmp_path / "hf")
