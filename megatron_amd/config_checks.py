@@ -182,13 +182,14 @@ def _check_rollout(config: Any) -> None:
     if "" in rollout.stop_strings:
         raise InputError("rollout.stop_strings: must not hold an empty text")
     # A row of each model that generates, and one for the fillers that FP8 needs.
-    rows = (2 if rollout.teacher_share else 1) * (2 if config.training.precision == "fp8" else 1)
-    needed = rows * config.longest_sequence
+    models, spare = (2 if rollout.teacher_share else 1), (2 if config.training.precision == "fp8" else 1)
+    longest = config.data.max_prompt_length + rollout.max_response_length
+    needed = spare * max(models * longest, config.longest_sequence)
     if rollout.cache_tokens is not None and rollout.cache_tokens < needed:
-        what = "" if rows == 1 else f", in {rows} rows for teacher_share or fp8"
         raise InputError(
             f"rollout.cache_tokens: {rollout.cache_tokens} positions have no room for data.max_prompt_length and the "
-            f"longest response of training or evaluation{what}, {needed} tokens; raise it, or lower those"
+            f"longest response of training (of both models with teacher_share) or evaluation, {needed} tokens"
+            f"{' with the rows that fp8 fills up' if spare > 1 else ''}; raise it, or lower those"
         )
 
 

@@ -24,6 +24,7 @@ from prepare import prepare
 
 from megatron_amd.config import load_config
 from megatron_amd.errors import InputError
+from megatron_amd.models.model_files import read_json
 from megatron_amd.program import Parser, run_program
 
 HERE = Path(__file__).resolve().parent
@@ -73,13 +74,16 @@ def run(options: argparse.Namespace) -> int:
 
 def keep_to(options: argparse.Namespace) -> None:
     """Write down what the folder's models are made with. Raises InputError where it was begun with other options."""
-    asked = {"seconds": options.seconds, "ranks": options.ranks, "overrides": options.overrides}
+    data = options.data and str(options.data.resolve())
+    asked = {"data": data, "seconds": options.seconds, "ranks": options.ranks, "overrides": options.overrides}
     file = options.output / "options.json"
     if not file.exists():
+        if options.output.exists() and any(options.output.iterdir()):
+            raise InputError(f"{options.output}: holds other things and no options.json; give another --output")
         options.output.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(asked) + "\n", encoding="utf-8")
         return
-    begun = json.loads(file.read_text(encoding="utf-8"))
+    begun = read_json(file)
     changed = [f"{name} {begun.get(name)} -> {value}" for name, value in asked.items() if begun.get(name) != value]
     if changed:
         raise InputError(

@@ -198,9 +198,22 @@ def read_list_of_tensors(folder: Path) -> Metadata:
         return _ListOfTensors(stream).load()
 
 
-class _ListOfTensors(pickle.Unpickler):
+_InPython: Any = pickle._Unpickler
+"""Whose steps can be looked at, unlike those of `pickle.Unpickler`."""
+
+
+class _ListOfTensors(_InPython):  # type: ignore[misc]
     """Admits the classes that torch and Megatron-Core write there. A name with a dot could lead through them to others,
-    so whole names are compared."""
+    so whole names are compared; a class or function may be called, not changed."""
+
+    dispatch = dict(_InPython.dispatch)
+
+    def load_build(self) -> None:
+        if callable(self.stack[-2]):
+            raise pickle.UnpicklingError(f"{self.stack[-2]} is to be changed by a list of tensors")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megatron_amd.checkpoint.hf_files import (
     CARRIED,
+    CONVERSION_MARK,
     FolderWriter,
     WeightFiles,
     cannot_write,
@@ -104,7 +105,8 @@ def hf_to_mcore(
                 write_weights(partial, architecture, padded_vocab_size, dtypes, read)
             _write_config(partial, architecture, next(iter(dtypes.values())))
             copy_carried(files.folder, partial)
-            publish(partial, folder)
+            (partial / CONVERSION_MARK).touch()
+            publish(partial, folder, check_conversion_folder)
         except OSError as error:
             raise cannot_write(folder, error) from error
         finally:

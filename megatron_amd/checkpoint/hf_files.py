@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_amd.checkpoint.hf_tensors import Family, Weight
-from megatron_amd.data.tokenizer import TOKENIZER_FILES
+from megatron_amd.data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from megatron_amd.errors import InputError
 from megatron_amd.models.model_files import INDEX, WEIGHTS, read_json, weights_folder
 
@@ -28,10 +28,12 @@ CARRIED = ("generation_config.json", *TOKENIZER_FILES)
 """Files beside config.json that pass unchanged through a conversion."""
 MARK = {"format": "pt", "written_by": "megatron_amd"}
 """Metadata of all safetensors that are written here, by which an export is known. transformers asks for `format`."""
+CONVERSION_MARK = ".written_by_megatron_amd"
+"""Empty file by which a conversion to Megatron-Core is known to be one of ours."""
 
 _SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 _OF_EXPORT = {"config.json", INDEX, *CARRIED}
-_OF_CONVERSION = {*MCORE_MARKS, ".metadata", "__0_0.distcp", "common.pt", *CARRIED}
+_OF_CONVERSION = {*MCORE_MARKS, CONVERSION_MARK, ".metadata", "__0_0.distcp", "common.pt", *CARRIED}
 
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
@@ -224,7 +226,7 @@ class FolderWriter:
         """
         self._guarded(self._end)
         self._guarded(lambda: write_others(self._partial))
-        self._guarded(lambda: publish(self._partial, self._folder))
+        self._guarded(lambda: publish(self._partial, self._folder, check_export_folder))
         if self._failure:
             self.abandon()
             raise self._failure
@@ -303,11 +305,15 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
-def publish(partial: Path, folder: Path) -> None:
-    """Put a complete folder onto the disk and give it its name, in place of an earlier one."""
+def publish(partial: Path, folder: Path, check: Callable[[Path], None]) -> None:
+    """Put a complete folder onto the disk and give it its name, in place of an earlier one.
+
+    check: raises InputError where the folder that is there now must not be replaced.
+    """
     for file in filter(Path.is_file, partial.rglob("*")):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
+    check(folder)
     earlier = folder.with_name(f".{folder.name}.earlier")
     if folder.exists() and earlier.exists():
         shutil.rmtree(earlier)
@@ -333,7 +339,9 @@ def check_export_folder(folder: Path) -> None:
     files = _names(folder)
     weights = set(filter(_SHARD.fullmatch, files))
     is_export = (
-        bool(weights) and _known(files - weights, _OF_EXPORT) and all(_marked(folder / name) for name in weights)
+        bool(weights)
+        and all(_marked(folder / name) for name in weights)
+        and _known(folder, files - weights, _OF_EXPORT)
     )
     _check_replaced(folder, is_export, "exported model")
 
@@ -342,7 +350,7 @@ def check_conversion_folder(folder: Path) -> None:
     """Raise InputError where a conversion to Megatron-Core would replace something that is not an earlier one, or more
     than that."""
     files = _names(folder)
-    is_conversion = {*MCORE_MARKS, ".metadata"} <= files and _known(files, _OF_CONVERSION)
+    is_conversion = CONVERSION_MARK in files and _known(folder, files, _OF_CONVERSION)
     _check_replaced(folder, is_conversion, "earlier conversion")
 
 
@@ -355,8 +363,16 @@ def _names(folder: Path) -> set[str]:
     )
 
 
-def _known(files: set[str], known: set[str]) -> bool:
-    return all(name in known or name.endswith(".model") for name in files)
+def _known(folder: Path, files: set[str], known: set[str]) -> bool:
+    """Whether the folder's files are of these names, or sentencepiece models of any."""
+    return all(name in known or (name.endswith(".model") and _is_tokenizer(folder / name)) for name in files)
+
+
+def _is_tokenizer(file: Path) -> bool:
+    try:
+        return load_tokenizer(str(file)).vocab_size > 0
+    except InputError:
+        return False
 
 
 def _marked(file: Path) -> bool:

@@ -14,6 +14,10 @@ from megatron_amd.distributed import cpu
 # communication relies. CUDA reads it once, when it starts.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
+# Memory that NCCL registers while a CUDA graph is recorded must not be moved afterwards, as PyTorch's allocator may do
+# with expandable segments: Megatron-Core asks for this where it records graphs.
+os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+
 cpu.install_where_cuda_is_absent()
 
 # A build of torch with CUDA, on a machine without a GPU, says so when Megatron-Core imports this.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,10 +90,13 @@ def _refuse_features(config: Mapping[str, Any], where: str) -> None:
 def _refuse_own_code(config: Mapping[str, Any], where: str) -> None:
     """The folder's own Python files are never run; a model that they change would be another one here."""
     own_classes = config.get("auto_map") or {}
-    for kind in ("AutoModelForCausalLM", "AutoModel"):
+    for kind in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"):
         name = str(own_classes.get(kind, "")) if isinstance(own_classes, Mapping) else str(own_classes)
         family_class = FAMILIES[config["model_type"]]
-        if name and name.rpartition(".")[2] not in (family_class, family_class.replace("ForCausalLM", "Model")):
+        if name and name.rpartition(".")[2] not in (
+            family_class,
+            re.sub("For[A-Z].*|LMHeadModel", "Model", family_class),
+        ):
             raise InputError(
                 f"{where}: auto_map: the model's own code ({name}) is not run; if it computes what {family_class} of "
                 "transformers does, remove auto_map"

@@ -8,6 +8,7 @@ of a row always holds position j, so that a row's result does not depend on its 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
@@ -53,12 +54,21 @@ class _Attention(Protocol):
 
 
 class LayerCache:
-    """Keys and values of one layer, in one buffer [2, rows, ng, max_length, hn]."""
+    """Keys and values of one layer, in one buffer [2, rows, ng, max_length, hn].
 
-    def __init__(self, owner: KVCache) -> None:
-        self.owner = owner
-        """What the coming pass holds is announced there."""
-        self.buffer: Tensor | None = None
+    Refers to its owner weakly: no circle keeps the memory of a generation that has ended.
+    """
+
+    def __init__(self, owner: KVCache, buffer: Tensor | None = None) -> None:
+        self._owner = weakref.ref(owner)
+        self.buffer = buffer
+
+    @property
+    def owner(self) -> KVCache:
+        """Where it is announced what the coming pass holds."""
+        owner = self._owner()
+        assert owner is not None
+        return owner
 
     def store_prompts(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put cross-attention's keys and values [S_e, n, np, hn] of the prompts of a pass in their rows.
@@ -259,9 +269,7 @@ class KVCache:
         """
         assert all(layer.buffer is not None for layer in self.layers), "a prompt has been read"
         view = copy.copy(self)
-        view.layers = [copy.copy(layer) for layer in self.layers]
-        for layer in view.layers:
-            layer.owner = view
+        view.layers = [LayerCache(view, layer.buffer) for layer in self.layers]
         view.decoding = view.first_rows = rows
         view.segments, view.bundles, view.in_order = (), [], True
         view.span, view.blocks = columns, [(slice(0, rows), columns)]

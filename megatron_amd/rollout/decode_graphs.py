@@ -10,7 +10,8 @@ Shapes: R rows of a graph, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,31 +57,37 @@ class DecodeGraphs:
             graph = self._graphs[len(hidden), columns] = _Graph(self._cache, hidden, columns)
         graph.hidden.copy_(hidden)
         graph.positions.copy_(self._cache.positions)
-        if graph.replay is None:
-            graph.replay = self._record(graph)
-        graph.replay()
+        if hidden.device.type != "cuda":
+            return self._compute(graph)
+        if graph.recorded is None:
+            self._record(graph)
+        assert graph.recorded is not None
+        graph.recorded.replay()
         return graph.output
 
-    def _record(self, graph: _Graph) -> Callable[[], None]:
-        def compute() -> None:
-            graph.view.renew()
-            with graph.view.attached():
-                graph.output = lean_forward(self._model, self._layers, graph.hidden, graph.positions)
+    def _compute(self, graph: _Graph) -> Tensor:
+        graph.view.renew()
+        with graph.view.attached():
+            return lean_forward(self._model, self._layers, graph.hidden, graph.positions)
 
-        if graph.hidden.device.type != "cuda":
-            return compute
-        # Once as usual: what is made at a first call must not be made while it is recorded.
-        stream = torch.cuda.Stream()
+    def _record(self, graph: _Graph) -> None:
+        stream = _stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            compute()
+        with torch.cuda.stream(stream):  # once as usual: what a first call makes must not be made in a recording
+            self._compute(graph)
         torch.cuda.current_stream().wait_stream(stream)
         recorded = torch.cuda.CUDAGraph()
         self._memory = self._memory or torch.cuda.graph_pool_handle()
         # NCCL's watchdog asks for events from a thread of its own, which only this mode allows.
-        with torch.cuda.graph(recorded, pool=self._memory, capture_error_mode="thread_local"):
-            compute()
-        return recorded.replay  # type: ignore[no-any-return]
+        with torch.cuda.graph(recorded, pool=self._memory, stream=stream, capture_error_mode="thread_local"):
+            graph.output = self._compute(graph)
+        graph.recorded = recorded
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream()
 
 
 class _Graph:
@@ -91,4 +98,4 @@ class _Graph:
         self.positions = cache.positions.clone()
         self.view = cache.fixed_view(len(hidden), columns, self.positions)
         self.output = self.hidden
-        self.replay: Callable[[], None] | None = None
+        self.recorded: torch.cuda.CUDAGraph | None = None

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_amd.checkpoint.hf import hf_to_mcore, load_hf_weights, mcore_to_hf
-from megatron_amd.checkpoint.hf_files import copy_carried
+from megatron_amd.checkpoint.hf_files import CONVERSION_MARK, copy_carried
 from megatron_amd.config import ParallelConfig
 from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import load_architecture
@@ -283,11 +283,22 @@ def a_checkpoint_of_megatron(folder: Path) -> None:
     (folder / "notes.md").rename(folder / "__1_0.distcp")
 
 
+def another_programs_checkpoint(folder: Path) -> None:
+    a_conversion_with_notes(folder)
+    (folder / "notes.md").unlink()
+    (folder / CONVERSION_MARK).unlink()
+
+
+def an_export_with_another_kind_of_model(folder: Path) -> None:
+    an_export_with_notes(folder)
+    (folder / "notes.md").rename(folder / "reward.model")
+
+
 @pytest.mark.parametrize(
     "make",
     [
         a_project, a_downloaded_model, an_export_with_notes, an_export_with_a_folder, a_conversion_with_notes,
-        a_checkpoint_of_megatron,
+        a_checkpoint_of_megatron, another_programs_checkpoint, an_export_with_another_kind_of_model,
     ],
 )  # fmt: skip
 def test_nothing_of_the_users_is_destroyed(
@@ -300,6 +311,24 @@ def test_nothing_of_the_users_is_destroyed(
     with pytest.raises(InputError, match=f"mine: {NO_EXPORT}"):
         export(folders["llama"] / "mcore", tmp_path / "mine")
     assert {file: file.read_bytes() for file in (tmp_path / "mine").rglob("*") if file.is_file()} == before
+
+
+def test_what_appears_while_a_model_is_written_stays(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def appear(*_: Any) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").touch()
+
+    source = folders["llama"] / "mcore"
+    with pytest.raises(InputError, match=f"out: {NO_EXPORT}"):
+        mcore_to_hf(source, tmp_path / "out", load_architecture(str(source), None, "converted"), appear)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.tex"]
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr("megatron_amd.checkpoint.hf.copy_carried", appear)
+    with pytest.raises(InputError, match=f"out: {NO_CONVERSION}"):
+        hf_to_mcore(str(folders["llama"] / "hf"), tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.tex"]
 
 
 def test_the_output_may_be_the_working_directory_or_a_link(
@@ -798,6 +827,12 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "{0}/.metadata: is damaged (torch.distributed.checkpoint.metadata.os.system has no place in a list of tensors)",
     ),
+    "a change of a known class": (
+        lambda folder: (folder / ".metadata").write_bytes(
+            b"\x80\x04cpathlib\nPosixPath\nN}X\x0b\x00\x00\x00was_changedK\x01s\x86b."
+        ),
+        "{0}/.metadata: is damaged (<class 'pathlib.PosixPath'> is to be changed by a list of tensors); copy it again",
+    ),
     "a changed number": (
         lambda folder: flip(folder / "__0_0.distcp", 0.5),
         "cannot be read, a .distcp file is missing or damaged (the checksums in __0_0.distcp are others); copy",
@@ -844,6 +879,7 @@ def test_a_broken_checkpoint_is_one_line_and_leaves_nothing(
     assert message.format(source) in said
     assert [path.name for path in tmp_path.iterdir()] == ["mcore"]
     assert not Path("code-was-run").exists()
+    assert not hasattr(Path, "was_changed")
 
 
 def test_any_changed_byte_in_the_list_of_tensors_is_one_line_or_harmless(

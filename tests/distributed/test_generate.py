@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from megatron_amd.errors import InputError
 from megatron_amd.models.architecture import Architecture
 from megatron_amd.models.attention import CoreAttention
 from megatron_amd.models.gpt import CausalLM, build_gpt, initialize_weights, transformer_config
-from megatron_amd.models.kv_cache import KVCache, kv_cache
-from megatron_amd.models.lean import lean_layers
+from megatron_amd.models.kv_cache import KVCache, LayerCache, kv_cache
+from megatron_amd.models.lean import Product, lean_layers
+from megatron_amd.rollout.decode_graphs import DecodeGraphs
 from megatron_amd.rollout.generate import generate
 from megatron_amd.rollout.sampling import sample_tokens, uniform
 from tests.distributed.runner import run_distributed
@@ -359,6 +361,58 @@ def after_a_change() -> None:
 
 def test_after_a_change():
     run_distributed(after_a_change, 1)
+
+
+def what_graphs_are_made() -> None:
+    """Those of 12 rows and, as responses end, of 8, 4, 2 and 1, each for several numbers of columns."""
+    model, layout = make_model()
+    passes, made = [], []
+    compute, view = DecodeGraphs._compute, KVCache.fixed_view
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_amd.rollout.decode_graphs._COLUMNS", 8)
+        patch.setattr(DecodeGraphs, "_compute", lambda *args: passes.append(len(args[1].hidden)) or compute(*args))
+        patch.setattr(KVCache, "fixed_view", lambda *args: made.append(args[1:3]) or view(*args))
+        run_generate(model, layout, cuda_graphs=True, look_interval=2)
+        assert len(passes) >= LONGEST - 1
+        assert len(set(made)) == len(made) < len(passes)
+        assert set(passes) == {rows for rows, _ in made} <= {12, 8, 4, 2, 1}
+        assert len(set(passes)) > 2
+        assert len({columns for _, columns in made}) > 2
+        passes.clear()
+        run_generate(model, layout)
+        assert not passes
+
+
+def test_what_graphs_are_made():
+    run_distributed(what_graphs_are_made, 1)
+
+
+def what_stays_of_a_generation(**settings: Any) -> None:
+    """No circle of references keeps keys, values and packed weights until the next collection of garbage."""
+    model, layout = make_model()
+    made: list[weakref.ref] = []
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for kind in (KVCache, LayerCache, Product, DecodeGraphs):
+                start = kind.__init__
+
+                def noting(self: Any, *args: Any, start: Any = start, **kwargs: Any) -> None:
+                    made.append(weakref.ref(self))
+                    start(self, *args, **kwargs)
+
+                patch.setattr(kind, "__init__", noting)
+            run_generate(model, layout, **settings)
+        assert len(made) > 10
+        assert [found for ref in made if (found := ref()) is not None] == []
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("settings", [{}, {"cuda_graphs": True}])
+def test_nothing_stays_of_a_generation(settings: dict[str, Any]):
+    run_distributed(lambda: what_stays_of_a_generation(**settings), 1)
 
 
 def looks() -> None:

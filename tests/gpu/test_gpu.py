@@ -80,6 +80,7 @@ def test_rollouts_after_a_step_use_the_new_weights(precision: str, tmp_path: Pat
 def test_graphs_change_no_token(tmp_path: Path) -> None:
     make_run(tmp_path, "fp32")
     found = in_a_new_process(roll_out_with_and_without_graphs, tmp_path)
+    assert found["recorded"] > 2
     assert found["graphs"] == found["plain"]
     assert len({token for response in found["plain"] for token in response}) > 10
 
@@ -87,18 +88,28 @@ def test_graphs_change_no_token(tmp_path: Path) -> None:
 def roll_out_with_and_without_graphs(folder: Path) -> dict[str, Any]:
     from megatron_amd.config import load_config
     from megatron_amd.distributed.initialize import initialize, shutdown
+    from megatron_amd.rollout.decode_graphs import DecodeGraphs
     from megatron_amd.training.setup import set_up
 
     config = load_config(folder / "run.yaml", ["evaluation.prompts=0"])
     layout = initialize(config)
     trainer, _ = set_up(config, layout)
     student = trainer.players.student
-    found = {
+    recorded = 0
+    record = DecodeGraphs._record
+
+    def counting(*args: Any) -> None:
+        nonlocal recorded
+        recorded += 1
+        record(*args)
+
+    DecodeGraphs._record = counting  # type: ignore[method-assign]
+    found: dict[str, Any] = {
         name: respond(student, layout, cuda_graphs=name == "graphs", batch_size=12, max_response_length=24)
         for name in ("plain", "graphs")
     }
     shutdown()
-    return found
+    return {**found, "recorded": recorded}
 
 
 def roll_out_around_a_step(folder: Path) -> dict[str, Any]:

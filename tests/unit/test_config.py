@@ -202,6 +202,17 @@ def test_wrong_types_say_what_is_wanted(override, message):
             "rollout.cache_tokens: 60 positions have no room",
         ),
         (
+            [
+                "rollout.cache_tokens=99",
+                "data.max_prompt_length=40",
+                "rollout.max_response_length=10",
+                "rollout.teacher_share=0.1",
+                "objective.name=kl",
+            ],
+            "rollout.cache_tokens: 99 positions have no room for data.max_prompt_length and the longest response of "
+            "training (of both models with teacher_share) or evaluation, 100 tokens; raise",
+        ),
+        (
             ["rollout.min_response_length=300"],
             "rollout.min_response_length: must not exceed rollout.max_response_length 256, but is 300",
         ),

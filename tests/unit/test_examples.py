@@ -179,6 +179,15 @@ def test_multi30k_keeps_to_the_options_it_was_begun_with(tmp_path: Path):
     )
 
 
+def test_multi30k_leaves_a_folder_alone_that_is_not_its_own(tmp_path: Path):
+    (tmp_path / "notes.txt").touch()
+    status, said = multi30k(tmp_path, "--data", "nowhere")
+    assert (status, said) == (
+        2, f"error: {tmp_path}: holds other things and no options.json; give another --output\n"
+    )  # fmt: skip
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_multi30k_counts_what_a_run_has_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """From another working directory: the programs that are called are found by their place."""
     run = import_example("examples/multi30k", "run")
