@@ -42,7 +42,7 @@ _PLAIN: dict[str, Any] = {
 """Fields of TransformerConfig that change what a layer computes, and their values here."""
 _LINEAR = ("megatron.core.tensor_parallel", "megatron.core.extensions.transformer_engine")
 """Modules whose linear layers are a product with `weight` and `bias`, and perhaps a norm before it."""
-_PACKED_TOKENS = 256
+_PACKED_TOKENS = 1024
 """Tokens up to which a CPU's products with a packed weight are the faster ones."""
 
 Norm = Callable[[Tensor], Tensor]
