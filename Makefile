@@ -2,7 +2,7 @@
 # make check         formatting, lint, types, tests: what CI runs
 # make check-latest  the layout and step tests on Python 3.12 with the newest Megatron-Core
 # make bench-fused-head  time and memory of the fused head beside dense torch and TRL (about 15 minutes)
-# make bench-rollout     tokens per second of generation beside transformers (after make demo; about 25 minutes)
+# make bench-rollout     tokens per second of generation beside transformers (after make demo; an hour or more)
 # make format        rewrite files as `make check` wants them
 # make clean         remove environments, caches and build output (runs/ stays)
 #
