@@ -170,18 +170,18 @@ def _tensors_intact(file: Path) -> bool:
     """Whether a file of tensors is as torch wrote it."""
     with file.open("rb") as stream:
         for piece in read_list_of_tensors(file.parent).storage_data.values():
-            if piece.relative_path == file.name:
-                stream.seek(piece.offset)
-                if not archive_intact(io.BytesIO(stream.read(piece.length))):
-                    return False
+            if piece.relative_path == file.name and not piece_intact(stream, piece):
+                return False
     return True
 
 
-def archive_intact(stream: IO[bytes]) -> bool:
-    """Whether a stream is one tensor's zip archive, which agrees with its checksums. Torch never reads them, and of two
-    archives it takes the last."""
+def piece_intact(stream: IO[bytes], piece: Any) -> bool:
+    """Whether a piece of a file of tensors (its place is that of a list of tensors) is one zip archive that agrees with
+    its checksums. Torch never reads them, and of two archives it takes the last."""
+    stream.seek(piece.offset)
+    content = io.BytesIO(stream.read(piece.length))
     try:
-        with zipfile.ZipFile(stream) as archive:
+        with zipfile.ZipFile(content) as archive:
             return min(member.header_offset for member in archive.infolist()) == 0 and archive.testzip() is None
     except OSError:
         raise

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_amd.checkpoint.folder import archive_intact, read_list_of_tensors
+from megatron_amd.checkpoint.folder import piece_intact, read_list_of_tensors
 from megatron_amd.checkpoint.hf_tensors import FUSED_NORMS, STACKS, Weight
 from megatron_amd.config import Config, TrainingConfig
 from megatron_amd.distributed.fake import fake_world, on_meta
@@ -242,8 +242,7 @@ class MegatronWeights:
         piece = self._reader.storage_data[index]
         file = self.folder / piece.relative_path
         with file.open("rb") as stream:
-            stream.seek(piece.offset)
-            if not archive_intact(io.BytesIO(stream.read(piece.length))):
+            if not piece_intact(stream, piece):
                 raise ValueError(f"the checksums in {file.name} are others")
 
     @contextlib.contextmanager

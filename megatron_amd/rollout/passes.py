@@ -166,11 +166,11 @@ def stage_pass(
     if following is not None:
         cache.advance()
         tokens = F.pad(following, (0, fillers))
-    elif rows:  # those that are free take part
-        cache.expect([*coming.decoding, *((row, 0) for row in range(coming.size, rows))], [])
-        tokens = to_device(coming.tokens + [0] * fillers, layout.device)
     else:
-        cache.expect(coming.decoding, coming.segments, fillers)
+        if rows:  # those that are free take part
+            cache.expect([*coming.decoding, *((row, 0) for row in range(coming.size, rows))], [])
+        else:
+            cache.expect(coming.decoding, coming.segments, fillers)
         if isinstance(model, EncoderDecoderLM):
             cache.expect_prompts(coming.prompts, coming.prompt_rows)
         tokens = to_device(coming.tokens + [0] * fillers, layout.device)

@@ -482,6 +482,16 @@ def tool(name: str) -> Any:
     return module
 
 
+def refusal(capsys: pytest.CaptureFixture[str], name: str, source: Path, output: Path) -> str:
+    """The one line that a tool says of what it refuses."""
+    capsys.readouterr()
+    assert tool(name).main([str(source), str(output)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
+
+
 @pytest.mark.parametrize("name", ["convert_hf_to_mcore", "convert_mcore_to_hf"])
 def test_help_has_examples_and_the_two_are_alike(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -533,10 +543,8 @@ def test_folders_that_are_another_kind(
         for file in files:
             (tmp_path / folder / file).write_text("{}")
     before = sorted(tmp_path.rglob("*"))
-    assert tool(name).main([str(tmp_path / source), str(tmp_path / output)]) == 2
-    said = capsys.readouterr().err
+    said = refusal(capsys, name, tmp_path / source, tmp_path / output)
     assert said.startswith(f"error: {message.format(tmp_path)}")
-    assert said.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -735,11 +743,7 @@ def test_a_broken_folder_is_one_line_and_leaves_nothing(
     source = tmp_path / "hf"
     shutil.copytree(whole, source)
     damage(source)
-    assert tool("convert_hf_to_mcore").main([str(source), str(tmp_path / "mcore")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert message.format(source) in said
+    assert message.format(source) in refusal(capsys, "convert_hf_to_mcore", source, tmp_path / "mcore")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -787,12 +791,7 @@ def test_a_broken_t5_is_one_line_and_leaves_nothing(
     source = tmp_path / "hf"
     save_hf_model("mt5", source)
     damage(source)
-    capsys.readouterr()
-    assert tool("convert_hf_to_mcore").main([str(source), str(tmp_path / "mcore")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert message.format(source) in said
+    assert message.format(source) in refusal(capsys, "convert_hf_to_mcore", source, tmp_path / "mcore")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -872,11 +871,7 @@ def test_a_broken_checkpoint_is_one_line_and_leaves_nothing(
     source = tmp_path / "mcore"
     shutil.copytree(folders["llama"] / "mcore", source)
     damage(source)
-    assert tool("convert_mcore_to_hf").main([str(source), str(tmp_path / "hf")]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert message.format(source) in said
+    assert message.format(source) in refusal(capsys, "convert_mcore_to_hf", source, tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["mcore"]
     assert not Path("code-was-run").exists()
     assert not hasattr(Path, "was_changed")
