@@ -219,8 +219,8 @@ FAULTS = (
     Fault(
         "all-reduce of a generating layer dropped",
         "models/lean.py",
-        "            dist.all_reduce(output, group=self.group)",
-        "            pass",
+        "        dist.all_reduce(output, group=self.group)",
+        "        pass",
         ("tests/distributed/test_generate.py",),
     ),
     Fault(
